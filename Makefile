@@ -1,0 +1,67 @@
+# `make throughput` and `make test` do everything from nothing: they make .venv, install, and run.
+#
+#   PYTHON=python3.12          the interpreter to make .venv with
+#   TORCH="torch==2.11.*"      another torch than the newest
+#   PYTEST_ARGS="-k se_gate"   arguments of pytest
+#   THROUGHPUT_ARGS="--help"   arguments of benchmarks/throughput.py
+#   PIP_ARGS=                  show what pip does, not only its errors
+
+PYTHON ?= python3
+TORCH ?= torch
+PYTEST_ARGS ?= -q --durations=10
+THROUGHPUT_ARGS ?=
+PIP_ARGS ?= -qq
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install $(PIP_ARGS)
+STAMP := .venv/.installed
+
+# The stamp is written last, so a broken installation is resumed; it holds the torch that was asked for.
+ifneq ($(shell cat $(STAMP) 2> /dev/null),$(TORCH))
+.PHONY: $(STAMP)
+endif
+
+$(STAMP): pyproject.toml setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "t2t_fast needs Python 3.11 or newer, and $(PYTHON) is not: try 'make PYTHON=python3.12 ...'" >&2; exit 1; }
+	@rm -f $@
+	@echo "[1/3] making .venv with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv .venv
+	@echo "[2/3] installing $(TORCH) and torchvision: a few gigabytes, one to several minutes"
+	@$(PIP) "$(TORCH)" torchvision "setuptools>=77" wheel
+	@echo "[3/3] installing t2t_fast, editable, and its tools"
+	@$(PIP) --no-build-isolation --editable ".[dev]"
+	@echo "$(TORCH)" > $@
+
+.PHONY: help install throughput test lint format clean
+
+help: ## show this
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## make .venv with everything in it
+
+throughput: $(STAMP) ## measure images per second against timm and the original formulation
+	@echo "measuring throughput"
+	@$(BIN)/python benchmarks/throughput.py $(THROUGHPUT_ARGS)
+
+test: lint ## ruff, mypy and pytest
+	@echo "running the tests"
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP) ## ruff and mypy only
+	@echo "checking style and types"
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(STAMP) ## rewrite the sources in the project's style
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+clean: ## remove .venv, builds and caches
+	@rm -rf .venv build dist *.egg-info .benchmarks .mypy_cache .pytest_cache .ruff_cache
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

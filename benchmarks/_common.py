@@ -1,0 +1,90 @@
+"""What the benchmarks share and what needs no torch: argument errors, argument types and result files."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+import tempfile
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+RESULTS = Path(__file__).resolve().parent / "results" / "local"  # what git ignores; chosen results lie above
+
+
+class UsageError(Exception):
+    """The command line asks for something that cannot be done here; the message says what to do instead."""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose errors are one line, without the usage in front."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message.removeprefix('argument ')}\n")
+
+
+def positive_int(text: str) -> int:
+    """An argparse type: a whole number of at least 1."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}; accepted: a whole number of at least 1")
+    return value
+
+
+def positive_seconds(text: str) -> float:
+    """An argparse type: a positive, finite number."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"got {text!r}; accepted: a number of seconds above 0")
+    return value
+
+
+def result_path(output: Path | None, device: str, torch_version: str, date: datetime) -> Path:
+    """Where the results go: ``output``, or a file named by device, torch and date in that folder or in ``RESULTS``.
+
+    The folder is made and tried now, not after minutes of measuring.
+
+    Raises:
+        UsageError: Nothing can be written there.
+    """
+    name = f"{slug(device)}_torch{torch_version.partition('+')[0]}_{date:%Y%m%d-%H%M%S}.json"
+    is_folder = output is not None and (output.is_dir() or not output.suffix)  # a name without an ending is a folder
+    path = RESULTS / name if output is None else output / name if is_folder else output
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise UsageError(
+            f"--output: {path.parent} cannot be written to ({error.strerror}); pass a file in a folder that can"
+        ) from error
+    return path
+
+
+def slug(text: str) -> str:
+    """``text`` in lower case, everything but letters, digits and dots as single hyphens."""
+    return re.sub(r"[^a-z0-9.]+", "-", re.sub(r"\((r|tm)\)", "", text.lower())).strip("-")
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write ``content`` whole or not at all.
+
+    Raises:
+        UsageError: The disk refuses.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UsageError(f"--output: {path} could not be written ({error.strerror}); pass another file") from error
+    finally:
+        temporary.unlink(missing_ok=True)

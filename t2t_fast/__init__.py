@@ -1,0 +1,33 @@
+"""T2T-ViT as a drop-in library: same checkpoints, same logits, sooner. See README.md."""
+
+from __future__ import annotations
+
+import os as _os
+
+__version__ = "0.1.0"
+
+# In an uninstalled checkout (or with one as working directory) the kernels lie beside the package, not inside.
+_sibling = _os.path.join(_os.path.dirname(_os.path.dirname(_os.path.abspath(__file__))), "kernels")
+if not _os.path.isdir(_os.path.join(__path__[0], "kernels")) and _os.path.isdir(_sibling):
+    __path__.append(_os.path.dirname(_sibling))
+
+from . import ops
+from .dispatch import BackendUnavailable, explain, use_backend
+from .models import T2TViT, T2TViTDense, create_model, list_models
+from .models.checkpoints import CheckpointError, load_checkpoint, save_checkpoint
+from .models.optimize import optimize
+
+__all__ = [
+    "BackendUnavailable",
+    "CheckpointError",
+    "T2TViT",
+    "T2TViTDense",
+    "create_model",
+    "explain",
+    "list_models",
+    "load_checkpoint",
+    "ops",
+    "optimize",
+    "save_checkpoint",
+    "use_backend",
+]

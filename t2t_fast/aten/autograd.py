@@ -1,0 +1,25 @@
+"""When the hand-written backward of an ``aten`` implementation is taken instead of autograd's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def wants_hand_written_backward(*tensors: Tensor | None) -> bool:
+    """Whether gradients will be taken eagerly: compilers and tracers differentiate the plain operations themselves."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not torch.is_grad_enabled():
+        return False
+    return any(t is not None and t.requires_grad for t in tensors)
+
+
+def differentiable_backward(
+    forward: Callable[..., Tensor], inputs: tuple[Any, ...], grad: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Autograd's own gradients of ``forward(*inputs)``, themselves differentiable: for second derivatives."""
+    wanted = [t for t in inputs if isinstance(t, Tensor) and t.requires_grad]
+    found = iter(torch.autograd.grad(forward(*inputs), wanted, grad, create_graph=True))
+    return tuple(next(found) if isinstance(t, Tensor) and t.requires_grad else None for t in inputs)

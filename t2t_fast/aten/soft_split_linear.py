@@ -1,0 +1,194 @@
+"""Soft split, LayerNorm and Linear as one convolution: the long token never exists.
+
+For a patch u of n values, centred weights W_c = W diag(gamma) minus each row's mean absorb the LayerNorm's mean::
+
+    Linear(LayerNorm(u)) = rstd(u) (W_c u) + (W beta + bias)
+
+W_c u for all patches is a convolution of the image; only one variance per patch is left, and that is separable.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..numerics import compute_dtype, ieee_float32, no_autocast, product_dtype
+from ..reference.soft_split import as_image
+from . import soft_split
+from .autograd import differentiable_backward, wants_hand_written_backward
+
+Pair = tuple[int, int]
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    kernel_size: Pair,
+    stride: Pair,
+    padding: Pair,
+    grid: Pair | None,
+    eps: float,
+) -> Tensor:
+    """(B, L, out); see :func:`t2t_fast.ops.soft_split_linear`."""
+    image = as_image(x, grid)
+    geometry = (kernel_size, stride, padding)
+    if norm_weight is None:
+        return _to_tokens(_convolve(image, weight, bias, *geometry))
+    dtype = compute_dtype(x, weight)
+    with no_autocast(x):
+        bias, norm_bias = (None if t is None else t.to(dtype) for t in (bias, norm_bias))
+        centred, offset = _fold_norm(weight.to(dtype), bias, norm_weight.to(dtype), norm_bias)
+    if product_dtype(x) in (torch.float16, torch.bfloat16):
+        with no_autocast(x):
+            mean, rstd = patch_statistics(image.to(dtype), *geometry, eps)
+        y = _convolve(image, centred.to(weight.dtype), None, *geometry)
+        # Rows of a rounded W_c no longer sum to zero: take out what a patch's mean leaves behind (flat patches).
+        residue = centred.to(y.dtype).to(dtype).sum(dim=1)
+        return _to_tokens((y * rstd - (mean * rstd) * residue[:, None, None] + offset[:, None, None]).to(y.dtype))
+    if wants_hand_written_backward(image, centred, offset) and not _convolves_in_tf32(image):
+        return _to_tokens(_NormedConvolution.apply(image, centred, offset, *geometry, eps)[0])
+    return _to_tokens(_normed_convolution(image, centred, offset, *geometry, eps)[0])
+
+
+def _fold_norm(
+    weight: Tensor, bias: Tensor | None, norm_weight: Tensor, norm_bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Centred weights W_c (out, n) and the constant W beta + bias (out,)."""
+    scaled = weight * norm_weight
+    offset = weight.new_zeros(weight.shape[0]) if bias is None else bias
+    if norm_bias is not None:
+        offset = offset + weight @ norm_bias
+    return scaled - scaled.mean(dim=1, keepdim=True), offset
+
+
+def _normed_convolution(
+    image: Tensor, centred: Tensor, offset: Tensor, kernel_size: Pair, stride: Pair, padding: Pair, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``rstd (W_c u) + offset`` as an image (B, out, h, w), and mean and rstd."""
+    mean, rstd = patch_statistics(image, kernel_size, stride, padding, eps)
+    y = _convolve(image, centred, None, kernel_size, stride, padding)
+    # In place where autograd does not need the factor: these are the largest tensors of the model.
+    y = y * rstd if rstd.requires_grad else y.mul_(rstd)
+    return y.add_(offset[:, None, None]), mean, rstd
+
+
+class _NormedConvolution(torch.autograd.Function):
+    """:func:`_normed_convolution` with a backward that keeps neither W_c u nor anything as long as a patch.
+
+    With g the incoming gradient: ``dW_c`` and a first part of dx are the convolution's for ``g rstd``. The variance
+    of a patch gets ``dvar = -rstd²/2 Σ_out g (out - offset)``, and gives ``2/n dvar (x - mean)`` to each of its
+    values; summed over the windows that cover a value this is x times one map minus another.
+    """
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return _normed_convolution(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        out, mean, rstd = output
+        ctx.set_materialize_grads(False)  # no zeros for the outputs that backward keeps
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.save_for_backward(*inputs[:3], out, mean, rstd)
+        ctx.rest = inputs[3:]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 7
+        image, centred, offset, out, mean, rstd = ctx.saved_tensors
+        kernel_size, stride, padding, _ = ctx.rest
+        if torch.is_grad_enabled():
+            inputs = (image, centred, offset, *ctx.rest)
+            return differentiable_backward(lambda *args: _normed_convolution(*args)[0], inputs, grad)
+        needs_dx, needs_dw = ctx.needs_input_grad[:2]
+        dx: Any = None
+        d_kernel: Any = None
+        # Where only the weights want a gradient, in chunks: ``g rstd`` of a few images at a time is enough.
+        size = grad.shape[0] if needs_dx or not grad.shape[0] else 4
+        for g, r, x in zip(grad.split(size), rstd.split(size), image.split(size), strict=True):
+            dx, part, _ = torch.ops.aten.convolution_backward(
+                g * r, x, _kernel(centred, x, kernel_size), None, stride, padding,
+                (1, 1), False, (0, 0), 1, (needs_dx, needs_dw, False),
+            )  # fmt: skip
+            d_kernel = part if d_kernel is None else d_kernel.add_(part)
+        if needs_dx:
+            d_var = (grad * (out - offset[:, None, None])).sum(dim=1, keepdim=True) * rstd.square() * -0.5
+            share = d_var * (2 / centred.shape[1])
+            maps = _cover(torch.cat((share, share * mean), dim=1), image, kernel_size, stride, padding)
+            dx = dx.addcmul_(image, maps[:, :1]).sub_(maps[:, 1:])
+        d_centred = None if d_kernel is None else d_kernel.flatten(1)
+        d_offset = grad.sum(dim=(0, 2, 3)) if ctx.needs_input_grad[2] else None
+        return dx, d_centred, d_offset, None, None, None, None
+
+
+def _cover(maps: Tensor, image: Tensor, kernel_size: Pair, stride: Pair, padding: Pair) -> Tensor:
+    """For each pixel of ``image`` the sum of ``maps`` (B, c, h, w) over the windows that cover it."""
+    area = kernel_size[0] * kernel_size[1]
+    columns = maps.flatten(2).repeat_interleave(area, dim=1)
+    return F.fold(columns, image.shape[2:], kernel_size, padding=padding, stride=stride)
+
+
+def patch_statistics(
+    image: Tensor, kernel_size: Pair, stride: Pair, padding: Pair, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Mean and 1/sqrt(variance + eps) of every patch, (B, 1, h, w) each, padding zeros counted.
+
+    Over channels, then over window columns, then over window rows, by the law of total variance: the variance of a
+    union of equal groups is the mean of their variances plus the variance of their means. No difference of large
+    squares occurs, so constant and nearly constant patches keep their variance.
+    """
+    mean = image.mean(dim=1, keepdim=True)
+    deviation = image - mean
+    var = (deviation.square() if deviation.requires_grad else deviation.square_()).mean(dim=1)
+    mean = mean.squeeze(1)
+    if any(padding):
+        margins = (padding[1], padding[1], padding[0], padding[0])
+        mean, var = F.pad(mean, margins), F.pad(var, margins)
+    for dim, size, step in ((2, kernel_size[1], stride[1]), (1, kernel_size[0], stride[0])):
+        means = mean.unfold(dim, size, step)
+        mean = means.mean(dim=-1)
+        var = var.unfold(dim, size, step).mean(dim=-1) + (means - mean.unsqueeze(-1)).square().mean(dim=-1)
+    return mean.unsqueeze(1), torch.rsqrt(var + eps).unsqueeze(1)
+
+
+def _convolve(
+    image: Tensor, weight: Tensor, bias: Tensor | None, kernel_size: Pair, stride: Pair, padding: Pair
+) -> Tensor:
+    if _convolves_in_tf32(image):
+        return _multiply_patches(image, weight, bias, kernel_size, stride, padding)
+    return F.conv2d(image, _kernel(weight, image, kernel_size), bias, stride, padding)
+
+
+def _convolves_in_tf32(image: Tensor) -> bool:
+    """Whether a convolution could be TF32 though float32 matrix products must not: cuDNN has a switch of its own."""
+    return image.is_cuda and product_dtype(image) == torch.float32 and ieee_float32()
+
+
+def _multiply_patches(
+    image: Tensor, weight: Tensor, bias: Tensor | None, kernel_size: Pair, stride: Pair, padding: Pair
+) -> Tensor:
+    """The convolution as a matrix product over the patches, (B, out, h, w) in channels-last order."""
+    tokens = F.linear(soft_split.forward(image, kernel_size, stride, padding, None), weight, bias)
+    height, width = (
+        (n + 2 * p - k) // s + 1 for n, k, s, p in zip(image.shape[2:], kernel_size, stride, padding, strict=True)
+    )
+    return tokens.transpose(1, 2).unflatten(2, (height, width))
+
+
+def _kernel(weight: Tensor, image: Tensor, kernel_size: Pair) -> Tensor:
+    """Linear weights (out, C*kh*kw) as a convolution's.
+
+    Channels-last, which makes the output channels-last: that is the token order (B, L, out) already.
+    """
+    return weight.unflatten(1, (image.shape[1], *kernel_size)).contiguous(memory_format=torch.channels_last)
+
+
+def _to_tokens(image: Tensor) -> Tensor:
+    return image.flatten(2).transpose(1, 2)

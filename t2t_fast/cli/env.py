@@ -1,0 +1,34 @@
+"""``python -m t2t_fast env``: what runs here."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from ..env import collect_env, format_env
+from .common import add_command, write_json
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the ``env`` command to what ``argparse.ArgumentParser.add_subparsers`` returned."""
+    parser = add_command(
+        subparsers,
+        "env",
+        "show versions, devices and settings, for bug reports.",
+        """
+        t2t-fast env
+        t2t-fast env --json > environment.json
+        """,
+    )
+    parser.add_argument("--json", action="store_true", help="write JSON")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; returns the exit code."""
+    environment = collect_env()
+    if args.json:
+        write_json(environment)
+    else:
+        print(format_env(environment))
+    return 0

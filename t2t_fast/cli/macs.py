@@ -1,0 +1,132 @@
+"""``python -m t2t_fast macs``: multiply-accumulates counted, beside the paper's."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import logging
+from typing import Any
+
+import timm
+import torch
+from rich.progress import Progress
+from rich.table import Table
+
+from ..macs import count_macs
+from ..models import list_models
+from ..models.variants import VARIANTS
+from .common import PROG, UsageError, add_command, error_console, image_size, output_console, pixels, write_json
+
+# The paper's one figure at another size than 224 px: Table 2, T2T-ViT-14 at 384.
+_PUBLISHED_384 = {"t2t_vit_14": (21.5, 17.1)}
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the ``macs`` command to what ``argparse.ArgumentParser.add_subparsers`` returned."""
+    parser = add_command(
+        subparsers,
+        "macs",
+        "count parameters and multiply-accumulates. The products inside attention are counted, those of the "
+        "Performer's features too; norms, softmax and activations are not. Only shapes are computed: nothing is "
+        "downloaded or run.",
+        """
+        t2t-fast macs
+        t2t-fast macs t2t_vit_14 resnet50 'deit_small*'
+        t2t-fast macs t2t_vit_14 --img-size 384
+        t2t-fast macs --json > macs.json
+        """,
+    )
+    parser.add_argument(
+        "models", metavar="MODEL", nargs="*", help="names or patterns, timm's too (default: all of ours)"
+    )
+    parser.add_argument("--img-size", nargs="+", type=pixels, metavar=("H", "W"), help="pixels (default: the model's)")
+    parser.add_argument("--json", action="store_true", help="write JSON")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; returns the exit code: 1 if some models cannot be counted, 2 if none can."""
+    size = image_size(args.img_size)
+    names = _resolve_names(args.models) if args.models else [*list_models(), "t2t_vit_14.in1k_384"]
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it logs what it also raises
+    errors = error_console()
+    rows = []
+    with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
+        for name in progress.track(names, description="counting"):
+            try:
+                rows.append(_measure(name, size))
+            except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+                # A size that the model cannot take, or a model of something else than images.
+                reason = next(iter(str(error).splitlines()), "")
+                progress.console.print(f"{PROG}: {name}: cannot be counted: {type(error).__name__}: {reason}")
+    if args.json:
+        write_json(rows)
+    elif rows:
+        output_console().print(_table(rows))
+    return 0 if len(rows) == len(names) else 1 if rows else 2
+
+
+def _resolve_names(patterns: list[str]) -> list[str]:
+    names: dict[str, None] = {}
+    for pattern in patterns:
+        found = [pattern] if timm.is_model(pattern) else timm.list_models(pattern)
+        if not found:
+            close = difflib.get_close_matches(pattern, timm.list_models(), n=3)
+            raise UsageError(f"no model matches {pattern!r}" + (f"; close: {', '.join(close)}" if close else ""))
+        names.update(dict.fromkeys(found))
+    return list(names)
+
+
+def _measure(name: str, size: tuple[int, int] | None) -> dict[str, Any]:
+    with torch.device("meta"):
+        model: Any = timm.create_model(name)
+    size = size or getattr(model, "img_size", None) or tuple(model.pretrained_cfg["input_size"][1:])
+    macs = count_macs(model, size)
+    params_m, macs_g = _published(name, size)
+    return {
+        "name": name,
+        "image_size": list(size),
+        "params": macs.params,
+        "macs": macs.macs,
+        "published_params_m": params_m,
+        "published_macs_g": macs_g,
+        "params_deviation_percent": _deviation(macs.params / 1e6, params_m),
+        "macs_deviation_percent": _deviation(macs.macs / 1e9, macs_g),
+    }
+
+
+def _published(name: str, size: tuple[int, int]) -> tuple[float | None, float | None]:
+    """The paper's (millions of parameters, billions of MACs) at that image size."""
+    architecture = name.partition(".")[0]
+    variant = VARIANTS.get(architecture)
+    if size == (224, 224) and variant is not None and variant.published is not None:
+        return variant.published.params_m, variant.published.macs_g
+    return _PUBLISHED_384.get(architecture, (None, None)) if size == (384, 384) else (None, None)
+
+
+def _deviation(measured: float, published: float | None) -> float | None:
+    return None if published is None else round(100 * (measured / published - 1), 2)
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    table = Table()
+    table.add_column("model")
+    for heading in ("pixels", "params M", "paper", "±%", "MACs G", "paper", "±%"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        height, width = row["image_size"]
+        table.add_row(
+            row["name"],
+            f"{height}x{width}",
+            f"{row['params'] / 1e6:.2f}",
+            _cell(row["published_params_m"], ".1f"),
+            _cell(row["params_deviation_percent"], "+.1f"),
+            f"{row['macs'] / 1e9:.3f}",
+            _cell(row["published_macs_g"], ".1f"),
+            _cell(row["macs_deviation_percent"], "+.1f"),
+        )
+    return table
+
+
+def _cell(value: float | None, spec: str) -> str:
+    return "–" if value is None else format(value, spec)

@@ -1,0 +1,28 @@
+"""Every environment variable that this package reads, parsed strictly, in one place.
+
+``T2T_FAST_BACKEND``
+    Backend taken where neither the call nor :func:`t2t_fast.use_backend` names one. Read once, at import.
+``T2T_FAST_NO_EXT``
+    ``1`` skips the C++/CUDA extension at build time. Read by ``setup.py`` alone.
+"""
+
+from __future__ import annotations
+
+import os
+
+BACKENDS: tuple[str, ...] = ("auto", "reference", "aten", "triton", "native")
+
+
+def read_choice(variable: str, choices: tuple[str, ...], default: str) -> str:
+    """The value of an environment variable that must be one of ``choices``; unset or empty gives ``default``.
+
+    Raises:
+        ValueError: The variable holds anything else.
+    """
+    value = os.environ.get(variable) or default
+    if value not in choices:
+        raise ValueError(f"{variable}={value!r} in the environment; accepted: {', '.join(choices)}")
+    return value
+
+
+BACKEND: str = read_choice("T2T_FAST_BACKEND", BACKENDS, default="auto")

@@ -1,0 +1,191 @@
+"""Backends: what each implementation can run, why not, and which one was taken.
+
+Every public function in :mod:`t2t_fast.ops` owns one :class:`Op`, a list of implementations in the order in which
+``auto`` prefers them. The backend of a call is decided by the first of these that names one:
+
+1. the call's ``backend=`` (models and layers pass theirs),
+2. the innermost :func:`use_backend`,
+3. the environment variable ``T2T_FAST_BACKEND``,
+
+and otherwise by ``auto``: the first implementation that can run the arguments and is not known to be slower there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .config import BACKEND, BACKENDS
+
+
+class BackendUnavailable(RuntimeError):
+    """An explicitly requested backend cannot run these arguments here; the message says why."""
+
+
+def _no_objection(*args: Any, **kwargs: Any) -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute an op.
+
+    Attributes:
+        backend: The backend's name.
+        run: The function itself; takes exactly the arguments of ``can_run`` and ``slower``.
+        can_run: Returns None, or the reason why these arguments cannot run, in words a user can act on.
+        slower: Returns None, or why ``auto`` passes this implementation over although it could run.
+    """
+
+    backend: str
+    run: Callable[..., Any]
+    can_run: Callable[..., str | None] = _no_objection
+    slower: Callable[..., str | None] = _no_objection
+
+
+@dataclass
+class Decision:
+    """What one call of an op came to: the backend taken, and per other backend why it was not."""
+
+    op: str
+    backend: str
+    reasons: dict[str, str]
+    calls: int = 1
+
+
+@dataclass
+class Explanation:
+    """The answer of :func:`explain`: one :class:`Decision` for each distinct outcome, in order of first use."""
+
+    decisions: list[Decision] = field(default_factory=list)
+
+    def add(self, decision: Decision) -> None:
+        for known in self.decisions:
+            if (known.op, known.backend, known.reasons) == (decision.op, decision.backend, decision.reasons):
+                known.calls += 1
+                return
+        self.decisions.append(decision)
+
+    def backends(self) -> dict[str, set[str]]:
+        """Op name to the set of backends that ran it."""
+        ran: dict[str, set[str]] = {}
+        for decision in self.decisions:
+            ran.setdefault(decision.op, set()).add(decision.backend)
+        return ran
+
+    def __str__(self) -> str:
+        if not self.decisions:
+            return "no t2t_fast op was called"
+        lines = []
+        for decision in self.decisions:
+            lines.append(f"{decision.op} x{decision.calls}: {decision.backend}")
+            lines += [f"    {backend}: {reason}" for backend, reason in decision.reasons.items()]
+        return "\n".join(lines)
+
+
+_requested: ContextVar[str | None] = ContextVar("t2t_fast_backend", default=None)
+_explanation: ContextVar[Explanation | None] = ContextVar("t2t_fast_explanation", default=None)
+
+
+def check_backend(backend: str) -> str:
+    """``backend`` itself if it is a backend's name.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is unknown; accepted: {', '.join(BACKENDS)}")
+    return backend
+
+
+def resolve_backend(backend: str = "auto") -> str:
+    """The backend in force for a call that says ``backend``: its own word, the context's, or the environment's."""
+    if check_backend(backend) != "auto":
+        return backend
+    return _requested.get() or BACKEND
+
+
+@contextlib.contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Take ``backend`` for every op called in this ``with`` block that does not name its own.
+
+    Nestable; each thread and each asyncio task has its own. ``"auto"`` lifts an outer choice for the inner block.
+
+    Raises:
+        ValueError: ``backend`` is no backend's name.
+    """
+    token = _requested.set(check_backend(backend))
+    try:
+        yield
+    finally:
+        _requested.reset(token)
+
+
+@dataclass(frozen=True)
+class Op:
+    """A public op's name and its implementations, best first. ``reference`` is last and always runs."""
+
+    name: str
+    implementations: tuple[Implementation, ...]
+
+    def __call__(self, backend: str, *args: Any) -> Any:
+        """Run the implementation that ``backend`` and the context ask for on ``args``."""
+        chosen, reasons = self._choose(resolve_backend(backend), args)
+        explanation = _explanation.get()
+        if explanation is not None:
+            explanation.add(Decision(self.name, chosen.backend, reasons))
+        return chosen.run(*args)
+
+    def _choose(self, backend: str, args: tuple[Any, ...]) -> tuple[Implementation, dict[str, str]]:
+        if backend != "auto":
+            chosen = self._get(backend)
+            reason = chosen.can_run(*args)
+            if reason is not None:
+                raise BackendUnavailable(f"{self.name}: backend={backend!r} cannot run here: {reason}")
+            return chosen, {i.backend: f"{backend!r} was requested" for i in self.implementations if i is not chosen}
+        taken: Implementation | None = None
+        reasons: dict[str, str] = {}
+        for implementation in self.implementations:
+            if taken is not None:
+                reasons[implementation.backend] = f"{taken.backend} comes first"
+                continue
+            reason = implementation.can_run(*args) or implementation.slower(*args)
+            if reason is None:
+                taken = implementation
+            else:
+                reasons[implementation.backend] = reason
+        assert taken is not None, f"{self.name} has no implementation that runs everywhere"
+        return taken, reasons
+
+    def _get(self, backend: str) -> Implementation:
+        for implementation in self.implementations:
+            if implementation.backend == backend:
+                return implementation
+        known = ", ".join(i.backend for i in self.implementations)
+        raise BackendUnavailable(f"{self.name} has no {backend!r} implementation in this version; it has: {known}")
+
+
+def explain(model: Callable[..., Any], *inputs: Any, **kwargs: Any) -> Explanation:
+    """Run ``model(*inputs)`` once and tell, per op, which implementation ran and why the others did not.
+
+    Gradients are off and random state is put back afterwards; the model's training mode is left as it is. A model
+    wrapped by ``torch.compile`` decides while it is traced: explain the module inside (``compiled._orig_mod``).
+
+    Returns:
+        An :class:`Explanation`; ``print`` it, or read ``.decisions``.
+    """
+    explanation = Explanation()
+    token = _explanation.set(explanation)
+    devices = sorted({x.device for x in inputs if isinstance(x, torch.Tensor) and x.device.type != "cpu"}, key=str)
+    device_type = devices[0].type if devices else "cuda"
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=devices, device_type=device_type):
+            model(*inputs, **kwargs)
+    finally:
+        _explanation.reset(token)
+    return explanation

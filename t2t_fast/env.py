@@ -1,0 +1,112 @@
+"""What runs here: versions, devices and the state of the extension, for bug reports and result files."""
+
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = ("torchvision", "timm", "triton", "numpy")
+
+
+def collect_env() -> dict[str, Any]:
+    """Describe this environment as plain data, ready for `json.dump`.
+
+    CUDA is initialised only where a device is available.
+    """
+    import torch
+
+    from t2t_fast import __version__
+
+    return {
+        "t2t_fast": __version__,
+        "git": _git_state(Path(__file__).resolve().parents[1]),
+        "extension": {"built": False, "reason": "this version of t2t_fast has no C++ or CUDA extension"},
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        **{name: _version(name) for name in _PACKAGES},
+        "platform": platform.platform(),
+        "cpu": {
+            "model": _cpu_model(),
+            "count": os.cpu_count(),
+            "capability": torch.backends.cpu.get_cpu_capability(),
+            "torch_threads": torch.get_num_threads(),
+        },
+        "cuda_build": torch.version.cuda,
+        "driver": _driver(),
+        "gpus": _gpus(),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "variables": {name: value for name, value in sorted(os.environ.items()) if name.startswith("T2T_FAST_")},
+    }
+
+
+def format_env(env: dict[str, Any]) -> str:
+    """Write the result of `collect_env` for people, one fact per line."""
+    width = max(map(len, env))
+    return "\n".join(f"{name:<{width}}  {_format(value)}" for name, value in env.items())
+
+
+def _format(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name}: {_format(item)}" for name, item in value.items()) or "none"
+    if isinstance(value, list):
+        return "; ".join(map(_format, value)) or "none"
+    return "none" if value is None else str(value)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _output(*command: str) -> str | None:
+    """What the command prints, or None where it is missing, fails or hangs."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git_state(root: Path) -> dict[str, Any] | None:
+    """Commit and cleanliness of the checkout; None for an installed package."""
+    if not (root / ".git").exists():
+        return None
+    status = _output("git", "-C", str(root), "status", "--porcelain")
+    return {
+        "commit": _output("git", "-C", str(root), "rev-parse", "--verify", "HEAD"),
+        "dirty": None if status is None else bool(status),
+    }
+
+
+def _cpu_model() -> str | None:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or None
+
+
+def _driver() -> str | None:
+    drivers = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return drivers.splitlines()[0] if drivers else None
+
+
+def _gpus() -> list[dict[str, Any]]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    devices = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    return [
+        {
+            "name": device.name,
+            "compute_capability": f"{device.major}.{device.minor}",
+            "memory_gib": round(device.total_memory / 2**30, 1),
+        }
+        for device in devices
+    ]

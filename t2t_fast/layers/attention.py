@@ -1,0 +1,68 @@
+"""Multi-head self-attention of the backbone's blocks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import attention
+from .se import SELayer
+
+torch.fx.wrap("attention")
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention (paper §3.2); with ``se``, a gate follows the projection (paper §3.3).
+
+    Args:
+        dim: Channels in and out.
+        num_heads: Heads; must divide ``dim``.
+        qkv_bias: Bias on the q, k, v projection.
+        qk_scale: Factor on the scores; None means ``head_dim**-0.5``.
+        attn_drop: Dropout on the attention weights.
+        proj_drop: Dropout after the projection.
+        se: Put a squeeze-and-excitation gate after the projection.
+        backend: Passed to the ops.
+
+    Raises:
+        ValueError: ``num_heads`` does not divide ``dim``.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        qkv_bias: bool = False,
+        qk_scale: float | None = None,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        se: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = num_heads, head_dim(dim, num_heads)
+        self.scale = qk_scale or self.head_dim**-0.5
+        self.backend = backend
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(dim, dim)
+        self.se_layer = SELayer(dim, backend=backend) if se else nn.Identity()
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, C) to (B, N, C)."""
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+        dropout_p = self.attn_drop.p if self.training else 0.0
+        y = attention(qkv[0], qkv[1], qkv[2], self.scale, dropout_p, backend=self.backend)
+        return self.proj_drop(self.se_layer(self.proj(y.transpose(1, 2).flatten(2))))
+
+
+def head_dim(dim: int, num_heads: int) -> int:
+    """Channels per head.
+
+    Raises:
+        ValueError: ``num_heads`` does not divide ``dim``.
+    """
+    if num_heads < 1 or dim % num_heads:
+        raise ValueError(f"num_heads={num_heads} must divide the embedding width {dim}")
+    return dim // num_heads

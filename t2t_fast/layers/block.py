@@ -1,0 +1,104 @@
+"""Backbone blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from timm.layers import DropPath, Mlp
+from torch import Tensor, nn
+
+from .attention import Attention
+from .ghost import GhostAttention, GhostMlp
+from .se import SEMlp
+
+BLOCK_TYPES = ("standard", "se", "se_mlp", "ghost", "dense")
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block (paper §3.2): attention and MLP, each with a residual and stochastic depth.
+
+    Args:
+        dim: Channels.
+        num_heads: Attention heads.
+        mlp_ratio: Hidden width of the MLP over ``dim``.
+        qkv_bias: Bias on the q, k, v projection.
+        qk_scale: Factor on the scores; None means ``head_dim**-0.5``.
+        drop: Dropout after projections and inside the MLP.
+        attn_drop: Dropout on the attention weights.
+        drop_path: Probability of dropping a residual branch, per image.
+        norm_layer: Makes the two norms.
+        block_type: ``"standard"``, ``"se"`` (gate after the attention projection), ``"se_mlp"`` (gate on the MLP's
+            output) or ``"ghost"``; ``"dense"`` is :class:`DenseBlock`, whose inner block is standard.
+        backend: Passed to the ops.
+
+    Raises:
+        ValueError: Unknown ``block_type``; for ``"ghost"``, an ``mlp_ratio`` other than 3 or an odd ``dim``.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = False,
+        qk_scale: float | None = None,
+        drop: float = 0.0,
+        attn_drop: float = 0.0,
+        drop_path: float = 0.0,
+        norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
+        block_type: str = "standard",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if block_type not in BLOCK_TYPES:
+            raise ValueError(f"block_type={block_type!r} is unknown; accepted: {', '.join(BLOCK_TYPES)}")
+        hidden_dim = int(dim * mlp_ratio)
+        self.norm1 = norm_layer(dim)
+        self.attn: nn.Module
+        self.mlp: nn.Module
+        if block_type == "ghost":
+            if mlp_ratio != 3 or dim % 2:
+                raise ValueError(f"a ghost block needs mlp_ratio=3 and an even width, got {mlp_ratio=}, {dim=}")
+            self.attn = GhostAttention(dim, num_heads, qkv_bias, qk_scale, attn_drop, drop, backend)
+        else:
+            se = block_type == "se"
+            self.attn = Attention(dim, num_heads, qkv_bias, qk_scale, attn_drop, drop, se, backend)
+        self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+        self.norm2 = norm_layer(dim)
+        if block_type == "ghost":
+            self.mlp = GhostMlp(dim, drop)
+        elif block_type == "se_mlp":
+            self.mlp = SEMlp(dim, hidden_dim, drop, backend=backend)
+        else:
+            self.mlp = Mlp(dim, hidden_dim, drop=drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, C) to (B, N, C)."""
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class DenseBlock(Block):
+    """A block that appends ``growth_rate`` new channels to its input: ``cat(x, dense_linear(block(x)))``."""
+
+    def __init__(self, dim: int, growth_rate: int, **kwargs: object) -> None:
+        super().__init__(dim, **kwargs)  # type: ignore[arg-type]
+        self.dense_linear = nn.Linear(dim, growth_rate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, C) to (B, N, C + growth_rate)."""
+        return torch.cat((x, self.dense_linear(super().forward(x))), dim=-1)
+
+
+class Transition(nn.Module):
+    """Halves the channels between two dense stages: ``gelu(linear(x))``."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(in_features, out_features)
+        self.act = nn.GELU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, in_features) to (B, N, out_features)."""
+        return self.act(self.linear(x))

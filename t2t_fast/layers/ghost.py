@@ -1,0 +1,93 @@
+"""Ghost attention and MLP (paper §3.3; arXiv 1911.11907): half or a third of the features are cheap copies.
+
+The cheap operation is a depthwise convolution of kernel size 1 without bias: one factor per channel. The parameters
+keep the shape and name of that convolution; the arithmetic is a multiplication.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import attention
+from .attention import head_dim
+
+torch.fx.wrap("attention")
+
+
+class ChannelScale(nn.Conv1d):
+    """A depthwise Conv1d of kernel size 1 without bias, applied to (B, N, C) tokens as a product."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, dim, kernel_size=1, groups=dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, C) to (B, N, C)."""
+        return x * self.weight.flatten()
+
+
+class GhostAttention(nn.Module):
+    """Self-attention whose q, k and v are half computed, half scaled copies. Arguments as for ``Attention``."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        qkv_bias: bool = False,
+        qk_scale: float | None = None,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = num_heads, head_dim(dim, num_heads)
+        self.scale = qk_scale or self.head_dim**-0.5
+        self.backend = backend
+        half = dim // 2
+        self.q = nn.Linear(dim, half, bias=qkv_bias)
+        self.k = nn.Linear(dim, half, bias=qkv_bias)
+        self.v = nn.Linear(dim, half, bias=qkv_bias)
+        self.cheap_operation_q = ChannelScale(half)
+        self.cheap_operation_k = ChannelScale(half)
+        self.cheap_operation_v = ChannelScale(half)
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def _heads(self, x: Tensor, cheap: nn.Module) -> Tensor:
+        x = torch.cat((x, cheap(x)), dim=-1)
+        return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, C) to (B, N, C)."""
+        q = self._heads(self.q(x), self.cheap_operation_q)
+        k = self._heads(self.k(x), self.cheap_operation_k)
+        v = self._heads(self.v(x), self.cheap_operation_v)
+        dropout_p = self.attn_drop.p if self.training else 0.0
+        y = attention(q, k, v, self.scale, dropout_p, backend=self.backend)
+        return self.proj_drop(self.proj(y.transpose(1, 2).flatten(2)))
+
+
+class GhostMlp(nn.Module):
+    """An MLP whose hidden layer is ``gelu(fc1(x))`` of width ``dim`` and two cheap copies of it.
+
+    Args:
+        dim: Channels in, out, and of ``fc1``; the hidden layer has 3 ``dim``.
+        drop: Dropout after the hidden layer and after ``fc2``.
+    """
+
+    def __init__(self, dim: int, drop: float = 0.0) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, dim)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(3 * dim, dim)
+        self.drop = nn.Dropout(drop)
+        self.cheap_operation2 = ChannelScale(dim)
+        self.cheap_operation3 = ChannelScale(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, C) to (B, N, C)."""
+        x1 = self.act(self.fc1(x))
+        x2 = self.act(self.cheap_operation2(x1))
+        x3 = self.act(self.cheap_operation3(x1))
+        return self.drop(self.fc2(self.drop(torch.cat((x1, x2, x3), dim=-1))))

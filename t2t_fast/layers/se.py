@@ -1,0 +1,72 @@
+"""Squeeze-and-excitation: after the attention projection (official placement) or on the MLP's output."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import se_gate, se_mlp
+
+torch.fx.wrap("se_gate")
+torch.fx.wrap("se_mlp")
+
+
+class SELayer(nn.Module):
+    """Scales the channels of (B, N, C) tokens by a gate of their mean (paper §3.3).
+
+    Args:
+        dim: Channels C.
+        reduction: C over the width of the bottleneck.
+        backend: Passed to the op.
+    """
+
+    fc: Any  # a Sequential, whose entries a type checker knows only as Module
+
+    def __init__(self, dim: int, reduction: int = 16, backend: str = "auto") -> None:
+        super().__init__()
+        self.backend = backend
+        self.fc = nn.Sequential(
+            nn.Linear(dim, dim // reduction, bias=False),
+            nn.ReLU(inplace=True),
+            nn.Linear(dim // reduction, dim, bias=False),
+            nn.Sigmoid(),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, C) to (B, N, C)."""
+        return se_gate(x, self.fc[0].weight, self.fc[2].weight, backend=self.backend)
+
+
+class SEMlp(nn.Module):
+    """An MLP whose output passes a squeeze-and-excitation gate.
+
+    Args:
+        dim: Channels in and out.
+        hidden_dim: Channels in between.
+        drop: Dropout after each product.
+        reduction: ``dim`` over the width of the gate's bottleneck.
+        backend: Passed to the ops.
+    """
+
+    def __init__(
+        self, dim: int, hidden_dim: int, drop: float = 0.0, reduction: int = 16, backend: str = "auto"
+    ) -> None:
+        super().__init__()
+        self.backend = backend
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.drop = nn.Dropout(drop)
+        self.se_layer = SELayer(dim, reduction, backend)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, C) to (B, N, C)."""
+        if self.training and self.drop.p > 0:
+            y = self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+            return self.se_layer(y)
+        fc1, fc2, gate = self.fc1, self.fc2, self.se_layer.fc
+        return se_mlp(
+            x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, gate[0].weight, gate[2].weight, backend=self.backend
+        )

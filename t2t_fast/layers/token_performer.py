@@ -1,0 +1,102 @@
+"""Soft split and a Performer token layer."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import soft_split_linear, token_performer
+
+torch.fx.wrap("soft_split_linear")
+torch.fx.wrap("token_performer")
+
+
+class TokenPerformer(nn.Module):
+    """A soft split followed by the Performer token layer (paper §3.1).
+
+    ``k, q, v = kqv(norm1(soft_split(x)))``; ``y = v + dropout(proj(performer(k, q, v)))``;
+    ``y + dropout(mlp(norm2(y)))`` with an MLP of ratio 1.
+
+    Args:
+        in_chans: Channels of the incoming image or token grid.
+        token_dim: Width E of the tokens made.
+        kernel_size: Patch side in pixels.
+        stride: Step between patches.
+        padding: Zeros on each side.
+        kernel_ratio: Random features per token channel: m = int(E * kernel_ratio).
+        drop_rate: Both dropouts; the original fixes them at 0.1.
+        backend: Passed to the ops.
+    """
+
+    mlp: Any  # a Sequential, whose entries a type checker knows only as Module
+
+    def __init__(
+        self,
+        in_chans: int,
+        token_dim: int,
+        kernel_size: int,
+        stride: int,
+        padding: int,
+        kernel_ratio: float = 0.5,
+        drop_rate: float = 0.1,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.window = (kernel_size, stride, padding)
+        self.backend = backend
+        self.epsilon = 1e-8
+        dim = in_chans * kernel_size**2
+        self.kqv = nn.Linear(dim, 3 * token_dim)
+        self.dp = nn.Dropout(drop_rate)
+        self.proj = nn.Linear(token_dim, token_dim)
+        self.norm1 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(token_dim)
+        self.mlp = nn.Sequential(
+            nn.Linear(token_dim, token_dim),
+            nn.GELU(),
+            nn.Linear(token_dim, token_dim),
+            nn.Dropout(drop_rate),
+        )
+        self.w = nn.Parameter(torch.empty(int(token_dim * kernel_ratio), token_dim), requires_grad=False)
+        self.reset_random_features()
+
+    @torch.no_grad()
+    def reset_random_features(self) -> None:
+        """Draw ``w`` anew: orthogonal rows of norm sqrt(m)."""
+        nn.init.orthogonal_(self.w)
+        self.w.mul_(math.sqrt(self.w.shape[0]))
+
+    def forward(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """Image (B, C, H, W), or tokens (B, H*W, C) with ``grid=(H, W)``, to tokens (B, L, token_dim)."""
+        norm1, kqv = self.norm1, self.kqv
+        kqv_tokens = soft_split_linear(
+            x,
+            kqv.weight,
+            kqv.bias,
+            norm1.weight,
+            norm1.bias,
+            *self.window,
+            grid=grid,
+            eps=norm1.eps,
+            backend=self.backend,
+        )
+        return token_performer(
+            kqv_tokens,
+            self.w,
+            self.proj.weight,
+            self.proj.bias,
+            self.norm2.weight,
+            self.norm2.bias,
+            self.mlp[0].weight,
+            self.mlp[0].bias,
+            self.mlp[2].weight,
+            self.mlp[2].bias,
+            proj_drop=self.dp.p if self.training else 0.0,
+            mlp_drop=self.mlp[3].p if self.training else 0.0,
+            eps=self.epsilon,
+            norm_eps=self.norm2.eps,
+            backend=self.backend,
+        )

@@ -1,0 +1,72 @@
+"""Soft split and a softmax-attention token layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.layers import Mlp
+from torch import Tensor, nn
+
+from ..ops import attention, soft_split_linear
+
+torch.fx.wrap("attention")
+torch.fx.wrap("soft_split_linear")
+
+
+class TokenTransformer(nn.Module):
+    """A soft split followed by the transformer token layer of T2T-ViT_t (paper §3.1).
+
+    ``q, k, v = qkv(norm1(soft_split(x)))``; ``y = v + proj(attention(q, k, v))``; ``y + mlp(norm2(y))``; one head,
+    and the scale is that of the *incoming* width: ``(in_chans * kernel_size**2)**-0.5``.
+
+    Args:
+        in_chans: Channels of the incoming image or token grid.
+        token_dim: Width of the tokens made.
+        kernel_size: Patch side in pixels.
+        stride: Step between patches.
+        padding: Zeros on each side.
+        backend: Passed to the ops.
+    """
+
+    attn: Any  # a ModuleDict, whose entries a type checker knows only as Module
+
+    def __init__(
+        self,
+        in_chans: int,
+        token_dim: int,
+        kernel_size: int,
+        stride: int,
+        padding: int,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.window = (kernel_size, stride, padding)
+        self.backend = backend
+        dim = in_chans * kernel_size**2
+        self.scale = dim**-0.5
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = nn.ModuleDict(
+            {"qkv": nn.Linear(dim, 3 * token_dim, bias=False), "proj": nn.Linear(token_dim, token_dim)}
+        )
+        self.norm2 = nn.LayerNorm(token_dim)
+        self.mlp = Mlp(token_dim, token_dim, token_dim)
+
+    def forward(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """Image (B, C, H, W), or tokens (B, H*W, C) with ``grid=(H, W)``, to tokens (B, L, token_dim)."""
+        norm1, qkv = self.norm1, self.attn["qkv"]
+        qkv_tokens = soft_split_linear(
+            x,
+            qkv.weight,
+            qkv.bias,
+            norm1.weight,
+            norm1.bias,
+            *self.window,
+            grid=grid,
+            eps=norm1.eps,
+            backend=self.backend,
+        )
+        q, k, v = qkv_tokens.unsqueeze(1).chunk(3, dim=-1)
+        y = attention(q, k, v, self.scale, backend=self.backend)
+        y = (v + self.attn["proj"](y)).squeeze(1)
+        return y + self.mlp(self.norm2(y))

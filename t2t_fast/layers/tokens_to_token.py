@@ -1,0 +1,124 @@
+"""The tokens-to-token module: image to backbone tokens in three soft splits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..checks import check_tensor
+from ..dispatch import resolve_backend
+from ..ops import soft_split_linear
+from ..ops.soft_split import output_grid
+from .token_performer import TokenPerformer
+from .token_transformer import TokenTransformer
+
+torch.fx.wrap("check_images")
+torch.fx.wrap("soft_split_linear")
+
+TOKENS_TYPES = ("performer", "transformer", "convolution")
+# Kernel size, stride and padding of the soft splits.
+_FIRST = (7, 4, 2)
+_LATER = (3, 2, 1)
+
+# Images whose intermediates stay in a CPU's cache, and below the size from which the allocator returns memory to the
+# system after each use: measured best of 1, 2, 4, 8 and 16 at 224 px.
+CPU_CHUNK = 4
+
+
+class TokensToToken(nn.Module):
+    """Three soft splits (k7 s4 p2; k3 s2 p1; k3 s2 p1) with a token layer after the first two (paper §3.1, Fig. 2).
+
+    Args:
+        in_chans: Channels of the image.
+        embed_dim: Width of the tokens made.
+        token_dim: Width of the tokens in between.
+        tokens_type: ``"performer"``, ``"transformer"``, or ``"convolution"`` (three plain convolutions in place of
+            splits and layers: the paper's comparison).
+        drop_rate: Dropout inside Performer token layers.
+        backend: Passed to the ops.
+
+    Raises:
+        ValueError: Unknown ``tokens_type``.
+    """
+
+    attention1: TokenPerformer | TokenTransformer
+    attention2: TokenPerformer | TokenTransformer
+    project: nn.Linear | nn.Conv2d
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        token_dim: int = 64,
+        tokens_type: str = "performer",
+        drop_rate: float = 0.1,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if tokens_type not in TOKENS_TYPES:
+            raise ValueError(f"tokens_type={tokens_type!r} is unknown; accepted: {', '.join(TOKENS_TYPES)}")
+        self.in_chans, self.token_dim, self.tokens_type, self.backend = in_chans, token_dim, tokens_type, backend
+        if tokens_type == "convolution":
+            self.soft_split0 = nn.Conv2d(in_chans, token_dim, *_FIRST)
+            self.soft_split1 = nn.Conv2d(token_dim, token_dim, *_LATER)
+            self.project = nn.Conv2d(token_dim, embed_dim, *_LATER)
+            return
+        if tokens_type == "performer":
+            self.attention1 = TokenPerformer(in_chans, token_dim, *_FIRST, drop_rate=drop_rate, backend=backend)
+            self.attention2 = TokenPerformer(token_dim, token_dim, *_LATER, drop_rate=drop_rate, backend=backend)
+        else:
+            self.attention1 = TokenTransformer(in_chans, token_dim, *_FIRST, backend=backend)
+            self.attention2 = TokenTransformer(token_dim, token_dim, *_LATER, backend=backend)
+        self.project = nn.Linear(token_dim * _LATER[0] ** 2, embed_dim)
+
+    @staticmethod
+    def grids(height: int, width: int) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+        """The token grids (h, w) after the first, second and third soft split of an image of that size."""
+        if torch.jit.is_tracing():  # where sizes are tensors
+            height, width = int(height), int(width)
+        first = output_grid((height, width), *_FIRST)
+        second = output_grid(first, *_LATER)
+        return first, second, output_grid(second, *_LATER)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Image (B, C, H, W) to tokens (B, L, embed_dim), row by row over ``grids(H, W)[2]``.
+
+        Raises:
+            TypeError: ``x`` is no floating-point tensor.
+            ValueError: ``x`` has another number of dimensions or channels, or is too small for the first window.
+        """
+        check_images(x, self.in_chans)
+        if self.tokens_type != "convolution" and _in_chunks(x, self.backend):
+            return torch.cat([self._forward(chunk) for chunk in x.split(CPU_CHUNK)])
+        return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        if self.tokens_type == "convolution":
+            return self.project(self.soft_split1(self.soft_split0(x))).flatten(2).transpose(1, 2)
+        first, second, _ = self.grids(x.shape[2], x.shape[3])
+        x = self.attention1(x)
+        x = self.attention2(x, first)
+        weight, bias = self.project.weight, self.project.bias
+        return soft_split_linear(x, weight, bias, None, None, *_LATER, grid=second, backend=self.backend)
+
+
+def check_images(x: Tensor, in_chans: int) -> None:
+    """Raise unless ``x`` is a batch of images (B, in_chans, H, W) on which the first window fits."""
+    check_tensor("images", x, 4)
+    if x.shape[1] != in_chans:
+        raise ValueError(
+            f"images must have shape (B, {in_chans}, H, W), got {tuple(x.shape)}; pass in_chans={x.shape[1]} when "
+            "creating the model for images of that many channels"
+        )
+    smallest = _FIRST[0] - 2 * _FIRST[2]
+    if x.shape[2] < smallest or x.shape[3] < smallest:
+        raise ValueError(f"images must be at least {smallest} px high and wide, got {x.shape[2]} x {x.shape[3]}")
+
+
+def _in_chunks(x: object, backend: str) -> bool:
+    """Whether to work through the batch in chunks: inference on the CPU, eagerly, but not of the literal form."""
+    if not isinstance(x, Tensor) or torch.is_grad_enabled():  # a tracer's proxy is no Tensor
+        return False
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # the number of chunks must not enter a graph
+        return False
+    return x.device.type == "cpu" and x.shape[0] > CPU_CHUNK and resolve_backend(backend) != "reference"

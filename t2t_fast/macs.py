@@ -1,0 +1,126 @@
+"""Multiply-accumulates of a model, the products inside attention included."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from .checks import as_pair
+from .dispatch import use_backend
+from .models import T2TViT
+
+
+@dataclass(frozen=True)
+class Macs:
+    """What one image costs.
+
+    Attributes:
+        params: Parameters, fixed ones included.
+        macs: Multiply-accumulates of one forward pass of one image.
+        by_module: Module name to the multiply-accumulates spent in it and its children.
+    """
+
+    params: int
+    macs: int
+    by_module: dict[str, int] = field(default_factory=dict, repr=False)
+
+
+def count_macs(model: nn.Module, image_size: int | Sequence[int] | None = None, in_chans: int | None = None) -> Macs:
+    """Count the multiply-accumulates of ``model`` for one image, in evaluation mode.
+
+    Matrix products and convolutions are counted wherever they happen, so the two products of every attention too,
+    which counters of module calls miss. Norms, softmax, exponentials and activations are not counted, as in the
+    literature. A T2T-ViT is counted by its definition, whichever backend it runs on. Nothing is computed and the
+    model is left as it is: a weightless twin runs on shapes alone, so a model on the meta device will do.
+
+    Args:
+        model: Any image model; timm's and torchvision's too.
+        image_size: Height and width in pixels, an int or a pair; None takes the model's own.
+        in_chans: Channels of the image; None takes the model's own.
+
+    Raises:
+        ValueError: The model does not tell its image size, and ``image_size`` is None.
+    """
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wrapped
+    own_size = _own_image_size(model)
+    size = own_size if image_size is None else as_pair("image_size", image_size, 1)
+    if size is None:
+        raise ValueError(f"image_size=None, but a {type(model).__name__} does not tell its own; pass (height, width)")
+    channels = own_in_chans(model) if in_chans is None else in_chans
+    # The plain form of attention has a formula in every version of torch; some of the fused ones do not.
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        torch.no_grad(),
+        use_backend("reference"),
+        sdpa_kernel(SDPBackend.MATH),
+        _without_mha_fastpath(),
+    ):
+        twin: Any = _weightless_copy(model).eval()
+        if size != own_size and hasattr(twin, "set_input_size"):
+            twin.set_input_size(size)
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        image = torch.empty(1, channels, *size, dtype=dtype, device="cpu")
+        with FlopCounterMode(display=False) as counter:
+            twin(image)
+    root = type(twin).__name__ + "."
+    by_module = {
+        name.removeprefix(root): sum(flops.values()) // 2
+        for name, flops in counter.get_flop_counts().items()
+        if name.startswith(root)
+    }
+    return Macs(sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2, by_module)
+
+
+def _own_image_size(model: nn.Module) -> tuple[int, int] | None:
+    """The (height, width) that the model was built for, by its own word or its timm configuration."""
+    for owner in (model, getattr(model, "patch_embed", None)):
+        size = getattr(owner, "img_size", None)
+        if size is not None:
+            return as_pair("img_size", size, 1)
+    config = getattr(model, "pretrained_cfg", None) or {}
+    return tuple(config["input_size"][1:]) if config.get("input_size") else None
+
+
+def own_in_chans(model: nn.Module) -> int:
+    """The image channels that ``model`` takes."""
+    for module in model.modules():
+        if isinstance(module, T2TViT):
+            return module.tokens_to_token.in_chans
+        if isinstance(module, nn.Conv2d):
+            return module.in_channels
+    return 3
+
+
+def _weightless_copy(model: nn.Module) -> nn.Module:
+    """A copy on the CPU whose tensors have shapes but no values; for use inside a FakeTensorMode."""
+
+    def weightless(tensor: Tensor) -> Tensor:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+
+    memo: dict[int, Any] = {id(p): nn.Parameter(weightless(p), requires_grad=False) for p in model.parameters()}
+    memo.update((id(b), weightless(b)) for b in model.buffers())
+    twin = copy.deepcopy(model, memo)
+    for module in twin.modules():
+        if isinstance(module, T2TViT):
+            module.set_backend("auto")  # its own word would overrule use_backend
+    return twin
+
+
+@contextlib.contextmanager
+def _without_mha_fastpath() -> Iterator[None]:
+    """Keep ``nn.MultiheadAttention`` off its fused inference path, which counts as nothing."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)

@@ -1,0 +1,210 @@
+"""State-dict layouts of T2T-ViT and the way between them.
+
+Three projects publish weights of this model, each with its own parameter names:
+
+============  =======================================  ===================================  =====================
+layout        token layers                             blocks                               head
+============  =======================================  ===================================  =====================
+official      ``tokens_to_token.attention1.norm1``     ``blocks.0.mlp.fc1``                 ``head``
+mmpretrain    ``backbone.tokens_to_token``             ``backbone.encoder.0``               ``head.layers.head``
+              ``.attention1.ln1``                      ``.ffn.layers.0.0``
+paddlevit     ``patch_embed.attn1.norm1``              ``blocks.0.mlp.fc1``                 ``head``
+============  =======================================  ===================================  =====================
+
+PaddlePaddle keeps the weight of a Linear as (in, out): PaddleViT's matrices are the transposes of the others.
+Neither foreign project has the SE, ghost, dense or convolution-token designs, and mmpretrain lacks the performer.
+
+Reading is lenient: a name that no rule knows passes unchanged, for ``load_state_dict`` to report. Writing is strict:
+a name that the target layout has no place for raises :class:`LayoutError`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+LAYOUTS: tuple[str, ...] = ("official", "mmpretrain", "paddlevit")
+
+# What training wrappers put in front of every name; `_orig_mod.` may also stand inside (compiled submodules).
+_WRAPPERS = ("module.", "model.", "backbone.")
+
+_READ: dict[str, tuple[tuple[re.Pattern[str], str], ...]] = {
+    "official": (),
+    "mmpretrain": (
+        (re.compile(r"^encoder\.(\d+)\."), r"blocks.\1."),
+        (re.compile(r"\.ln([12])\."), r".norm\1."),
+        (re.compile(r"\.ffn\.layers\.0\.0\."), ".mlp.fc1."),
+        (re.compile(r"\.ffn\.layers\.1\."), ".mlp.fc2."),
+        (re.compile(r"^head\.layers\.head\."), "head."),
+    ),
+    "paddlevit": (
+        (re.compile(r"^patch_embed\.attn([12])\."), r"tokens_to_token.attention\1."),
+        (re.compile(r"^patch_embed\.proj\."), "tokens_to_token.project."),
+    ),
+}
+
+_WRITE: dict[str, tuple[tuple[re.Pattern[str], str], ...]] = {
+    "official": (),
+    "mmpretrain": (
+        (re.compile(r"^head\."), "head.layers.head."),
+        (re.compile(r"^blocks\.(\d+)\."), r"encoder.\1."),
+        (re.compile(r"\.norm([12])\."), r".ln\1."),
+        (re.compile(r"\.mlp\.fc1\."), ".ffn.layers.0.0."),
+        (re.compile(r"\.mlp\.fc2\."), ".ffn.layers.1."),
+        (re.compile(r"^(?!head\.)"), "backbone."),
+    ),
+    "paddlevit": (
+        (re.compile(r"^tokens_to_token\.attention([12])\."), r"patch_embed.attn\1."),
+        (re.compile(r"^tokens_to_token\.project\."), "patch_embed.proj."),
+    ),
+}
+
+_TRANSFORMER_NAMES = (
+    r"cls_token|pos_embed|(norm|head|tokens_to_token\.project)\.(weight|bias)"
+    r"|(tokens_to_token\.attention[12]|blocks\.\d+)\.(norm[12]|attn\.(qkv|proj)|mlp\.fc[12])\.(weight|bias)"
+)
+_PERFORMER_NAMES = r"tokens_to_token\.attention[12]\.(w|(norm[12]|kqv|proj|mlp\.[02])\.(weight|bias))"
+
+# The official names that a layout has a place for, and what its project implements, for the error message.
+_REPRESENTABLE: dict[str, tuple[re.Pattern[str], str]] = {
+    "mmpretrain": (re.compile(_TRANSFORMER_NAMES), "transformer tokens and standard blocks only"),
+    "paddlevit": (
+        re.compile(f"{_TRANSFORMER_NAMES}|{_PERFORMER_NAMES}"),
+        "performer or transformer tokens and standard blocks only",
+    ),
+}
+
+_MARKS: dict[str, re.Pattern[str]] = {
+    "mmpretrain": re.compile(
+        r"encoder\.\d+\.(ln[12]|attn|ffn)\.|tokens_to_token\.attention[12]\.(ln[12]|ffn)\.|head\.layers\.head\."
+    ),
+    "paddlevit": re.compile(r"patch_embed\.attn[12]\."),
+}
+
+
+class CheckpointError(ValueError):
+    """A file, or a state dict, that does not hold the weights asked for."""
+
+
+class LayoutError(CheckpointError):
+    """A name, or a whole model, that a layout cannot express."""
+
+
+def detect_layout(names: Iterable[str]) -> str:
+    """Tell the layout of a state dict from its parameter names.
+
+    Args:
+        names: Parameter names, with or without wrapper prefixes such as ``module.``.
+
+    Returns:
+        ``"mmpretrain"`` or ``"paddlevit"`` if a name is peculiar to it, else ``"official"``. This is no proof that
+        the names belong to a T2T-ViT at all.
+    """
+    bare = [_strip(name) for name in names]
+    for layout, mark in _MARKS.items():
+        if any(mark.match(name) for name in bare):
+            return layout
+    return "official"
+
+
+def official_name(name: str, layout: str) -> str:
+    """The official name of the parameter that ``layout`` calls ``name``.
+
+    Wrapper prefixes (``module.``, ``_orig_mod.``, ``model.``, ``backbone.``) are removed. Unknown names pass unchanged.
+
+    Raises:
+        LayoutError: ``layout`` is not one of :data:`LAYOUTS`.
+    """
+    _check_layout(layout)
+    name = _strip(name)
+    for pattern, replacement in _READ[layout]:
+        name = pattern.sub(replacement, name)
+    return name
+
+
+def foreign_name(name: str, layout: str) -> str:
+    """What ``layout`` calls the parameter with the official name ``name``.
+
+    Raises:
+        LayoutError: ``layout`` is not one of :data:`LAYOUTS`, or has no place for such a parameter.
+    """
+    _check_layout(layout)
+    if layout in _REPRESENTABLE:
+        pattern, implements = _REPRESENTABLE[layout]
+        if not pattern.fullmatch(name):
+            raise LayoutError(f"name={name!r} has no place in layout={layout!r}: {layout} has {implements}")
+    for pattern, replacement in _WRITE[layout]:
+        name = pattern.sub(replacement, name)
+    return name
+
+
+def to_official(state_dict: Mapping[str, Tensor | np.ndarray]) -> tuple[dict[str, Tensor], str]:
+    """Rename, and where necessary transpose, a state dict of any layout to the official one.
+
+    Args:
+        state_dict: Names to tensors or NumPy arrays. Wrapper prefixes are removed.
+
+    Returns:
+        The state dict with official names in the same order (tensors are shared, not copied, except transposed
+        ones), and the layout that was recognised. No entry is dropped.
+
+    Raises:
+        TypeError: A value is neither a tensor nor a NumPy array.
+        LayoutError: Two entries have the same official name.
+    """
+    layout = detect_layout(state_dict)
+    official: dict[str, Tensor] = {}
+    for name, value in state_dict.items():
+        new_name = official_name(name, layout)
+        if new_name in official:
+            raise LayoutError(f"state_dict holds {new_name!r} twice: {name!r} and another entry both mean it")
+        official[new_name] = _relayout(new_name, _as_tensor(name, value), layout)
+    return official, layout
+
+
+def from_official(state_dict: Mapping[str, Tensor], layout: str) -> dict[str, Tensor]:
+    """The inverse of :func:`to_official`: official names to those of ``layout``.
+
+    Args:
+        state_dict: Official names to tensors.
+        layout: One of :data:`LAYOUTS`.
+
+    Returns:
+        The renamed state dict in the same order (tensors are shared, not copied, except transposed ones).
+
+    Raises:
+        LayoutError: ``layout`` is unknown, or its project has no such model.
+    """
+    _check_layout(layout)
+    return {foreign_name(name, layout): _relayout(name, value, layout) for name, value in state_dict.items()}
+
+
+def _strip(name: str) -> str:
+    name = name.replace("_orig_mod.", "")
+    while name.startswith(_WRAPPERS):
+        name = name.partition(".")[2]
+    return name
+
+
+def _relayout(name: str, value: Tensor, layout: str) -> Tensor:
+    """Transpose the weight of a Linear to or from PaddlePaddle's (in, out)."""
+    if layout == "paddlevit" and value.ndim == 2 and name.endswith(".weight"):
+        return value.t().contiguous()
+    return value
+
+
+def _as_tensor(name: str, value: Tensor | np.ndarray) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value)
+    raise TypeError(f"state_dict[{name!r}] must be a tensor or a NumPy array, got {type(value).__name__}")
+
+
+def _check_layout(layout: str) -> None:
+    if layout not in LAYOUTS:
+        raise LayoutError(f"layout must be one of {', '.join(map(repr, LAYOUTS))}, got {layout!r}")

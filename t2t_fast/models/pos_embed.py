@@ -1,0 +1,63 @@
+"""The fixed sinusoid position table and its interpolation to other grids."""
+
+from __future__ import annotations
+
+import torch
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor
+
+# (built grid, grid, device, dtype) to (the table resized, its version then, the result)
+TableCache = dict[tuple[object, ...], tuple[Tensor, int, Tensor]]
+
+
+def sinusoid_table(num_positions: int, dim: int) -> Tensor:
+    """The table of "Attention is all you need" §3.5, (1, num_positions, dim) float32: sine at even, cosine at odd."""
+    position = torch.arange(num_positions, dtype=torch.float64).unsqueeze(1)
+    exponent = 2 * torch.arange(dim, dtype=torch.float64).div(2, rounding_mode="floor") / dim
+    angle = position / 10000**exponent
+    table = torch.where(torch.arange(dim) % 2 == 0, angle.sin(), angle.cos())
+    return table.float().unsqueeze(0)
+
+
+def resize_table(table: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
+    """A (1, 1 + h*w, dim) table, cls row first, interpolated bicubically from ``old_grid`` to ``new_grid``.
+
+    Without antialiasing, as the original does for fine-tuning at another image size.
+    """
+    if tuple(old_grid) == tuple(new_grid):
+        return table
+    return resample_abs_pos_embed(table, list(new_grid), list(old_grid), num_prefix_tokens=1, antialias=False)
+
+
+def table_for_grid(
+    table: Tensor,
+    built_grid: tuple[int, int],
+    grid: tuple[int, int],
+    dynamic: bool,
+    cache: TableCache | None = None,
+) -> Tensor:
+    """The table to add to the tokens of an image with ``grid``.
+
+    Raises:
+        ValueError: The image has another grid than the model was built for, and ``dynamic`` is off.
+    """
+    if tuple(grid) == tuple(built_grid):
+        return table
+    if not dynamic:
+        raise ValueError(
+            f"the image makes a token grid of {tuple(grid)}, the model was built for {tuple(built_grid)}; pass "
+            "img_size=(H, W) when creating the model, or dynamic_img_size=True for images of varying size"
+        )
+    in_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if cache is None or in_graph or table.requires_grad or table.is_inference():
+        return resize_table(table, built_grid, grid)
+    # An entry holds the table that it was made from, so that the address tells whether this is still the one (a freed
+    # one's address could be given out again), and the version whether it was written to.
+    key = (tuple(built_grid), tuple(grid), table.device, table.dtype)
+    source, version, resized = cache.get(key, (None, 0, None))
+    if source is None or resized is None or (source.data_ptr(), version) != (table.data_ptr(), table._version):
+        if source is not None or len(cache) >= 16:
+            cache.clear()
+        resized = resize_table(table.detach(), built_grid, grid)
+        cache[key] = (table.detach(), table._version, resized)
+    return resized

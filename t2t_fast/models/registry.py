@@ -1,0 +1,166 @@
+"""timm entry points for every name in :data:`~t2t_fast.models.variants.VARIANTS`, and :func:`create_model`."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+from urllib.error import URLError
+
+import timm
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import (
+    PretrainedCfg,
+    build_model_with_cfg,
+    generate_default_cfgs,
+    register_model,
+    register_model_deprecations,
+)
+from torch import nn
+
+from .architecture import infer_architecture
+from .checkpoints import load_checkpoint, read_checkpoint
+from .layouts import CheckpointError
+from .t2t_vit import T2TViT, adapt_for_loading
+from .t2t_vit_dense import T2TViTDense
+from .variants import VARIANTS
+
+__all__: list[str] = []  # register_model adds the entry points
+
+
+def _cfg(name: str, url: str = "", image_size: int = 224, **kwargs: Any) -> dict[str, Any]:
+    convolutional = VARIANTS[name].kwargs["tokens_type"] == "convolution"
+    grid = image_size // 16
+    return {
+        "url": url,
+        "num_classes": 1000,
+        "input_size": (3, image_size, image_size),
+        "pool_size": (grid, grid),
+        "fixed_input_size": True,
+        "crop_pct": 0.9 if image_size == 224 else 1.0,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        # Without a first convolution there is nothing that timm could adapt to in_chans; the loader does it.
+        "first_conv": "tokens_to_token.soft_split0" if convolutional else (),
+        "classifier": "head",
+        "custom_load": bool(url),
+        "license": "bsd-3-clause-clear",
+        "paper_ids": "arXiv:2101.11986",
+        **kwargs,
+    }
+
+
+def _default_cfgs() -> dict[str, dict[str, Any] | PretrainedCfg]:
+    cfgs: dict[str, dict[str, Any] | PretrainedCfg] = {}
+    for name, variant in VARIANTS.items():
+        if not variant.weights:
+            cfgs[name + ".untrained"] = _cfg(name)
+        for tag, (_, image_size) in variant.weights.items():
+            cfgs[f"{name}.{tag}"] = _cfg(name, variant.url(tag), image_size)
+    return cfgs
+
+
+default_cfgs = generate_default_cfgs(_default_cfgs())
+
+
+def _create(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+    out_indices = kwargs.pop("out_indices", 3)
+    arguments = {**VARIANTS[name].kwargs, **kwargs}
+    model_class = T2TViTDense if arguments["block_type"] == "dense" else T2TViT
+    try:
+        return build_model_with_cfg(
+            model_class,
+            name,
+            pretrained,
+            pretrained_filter_fn=adapt_for_loading,
+            feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
+            **arguments,
+        )
+    except (URLError, TimeoutError, ConnectionError) as error:
+        tag = kwargs.get("pretrained_cfg")
+        cfg = default_cfgs[name].cfgs.get(tag, default_cfgs[name].default) if isinstance(tag, str) else tag
+        url = getattr(cfg or default_cfgs[name].default, "url", None)
+        raise RuntimeError(
+            f"the weights of {name} could not be downloaded ({error}); fetch {url} on a machine with a network and "
+            "pass its path as checkpoint="
+        ) from error
+
+
+def _entry_point(name: str) -> Any:
+    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return _create(name, pretrained, **kwargs)
+
+    create.__name__ = create.__qualname__ = name
+    create.__doc__ = f"{name}: keyword arguments of T2TViT; see ``t2t_fast.models.variants``."
+    return register_model(create)
+
+
+globals().update({name: _entry_point(name) for name in VARIANTS})
+# The official code's capitalised names.
+register_model_deprecations(__name__, {"T" + name[1:]: name for name in VARIANTS})
+
+
+def list_models(filter: str = "*") -> list[str]:
+    """Names of this package's models, sorted; ``filter`` is a shell-style pattern."""
+    return [name for name in timm.list_models(filter) if name in VARIANTS]
+
+
+def create_model(
+    name: str | None = None,
+    *,
+    checkpoint: str | os.PathLike[str] | None = None,
+    pretrained: bool = False,
+    use_ema: bool = True,
+    **kwargs: Any,
+) -> nn.Module:
+    """Create a T2T-ViT, optionally with the weights of a checkpoint file.
+
+    Args:
+        name: A name from :func:`list_models` (or its official spelling, ``T2t_vit_14``), optionally with a weight
+            tag (``t2t_vit_14.in1k_384``). None reads the architecture off ``checkpoint``.
+        checkpoint: A file of any layout that :func:`t2t_fast.load_checkpoint` reads. What the call leaves open
+            (``num_classes``, ``img_size``, ``in_chans``, ``token_dim``) is taken from it; what the call fixes wins,
+            and head, position table and first split are adapted.
+        pretrained: Download the official release's weights.
+        use_ema: Prefer averaged weights where the file holds both.
+        **kwargs: As for :class:`T2TViT`, ``backend="auto"`` among them.
+
+    Returns:
+        The model, in training mode as ``timm.create_model`` returns it.
+
+    Raises:
+        ValueError: Neither ``name`` nor ``checkpoint``, both ``checkpoint`` and ``pretrained``, an unknown name, or
+            a checkpoint that is not one (:class:`t2t_fast.CheckpointError`).
+        FileNotFoundError: No file at ``checkpoint``.
+    """
+    if name is None and checkpoint is None:
+        raise ValueError("create_model needs a name or checkpoint=; names: " + ", ".join(VARIANTS))
+    if checkpoint is not None and pretrained:
+        raise ValueError("pretrained=True and checkpoint= are two sources of weights; pass one of them")
+    if name is not None:
+        base, _, tag = name.partition(".")
+        base = "t" + base[1:] if base[:1] == "T" else base
+        if base not in VARIANTS:
+            raise ValueError(f"name={name!r} is no T2T-ViT of this package; accepted: {', '.join(VARIANTS)}")
+        name = f"{base}.{tag}" if tag else base
+    if checkpoint is not None:
+        name, kwargs = _read_architecture(name, checkpoint, use_ema, kwargs)
+    assert name is not None
+    model = timm.create_model(name, pretrained=pretrained, **kwargs)
+    if checkpoint is not None:
+        load_checkpoint(checkpoint, model, use_ema=use_ema)
+    return model
+
+
+def _read_architecture(
+    name: str | None, checkpoint: str | os.PathLike[str], use_ema: bool, kwargs: dict[str, Any]
+) -> tuple[str, dict[str, Any]]:
+    """Name and keyword arguments, completed from the weights."""
+    state_dict = read_checkpoint(checkpoint, use_ema).state_dict
+    try:
+        inferred_name, inferred = infer_architecture(state_dict)
+    except CheckpointError:
+        if name is None:
+            raise
+        return name, kwargs  # a custom width or depth: the call describes it
+    return name or inferred_name, {**inferred, **kwargs}

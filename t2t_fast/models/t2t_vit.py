@@ -1,0 +1,336 @@
+"""T2T-ViT (Yuan et al., ICCV 2021, arXiv 2101.11986), with timm's model interface and the official state dict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from timm.layers import trunc_normal_
+from timm.models import checkpoint
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from ..checks import as_pair
+from ..dispatch import check_backend, resolve_backend, use_backend
+from ..layers import Block, TokensToToken
+from .adapt import adapt_state_dict
+from .checkpoints import load_checkpoint, log_notes
+from .layouts import to_official
+from .pos_embed import TableCache, resize_table, sinusoid_table, table_for_grid
+
+torch.fx.wrap("table_for_grid")
+
+GLOBAL_POOLS = ("token", "avg", "")
+
+
+class T2TViT(nn.Module):
+    """Tokens-to-Token Vision Transformer.
+
+    Image, three soft splits with a token layer after the first two, cls token and fixed sinusoid position table,
+    ``depth`` pre-norm blocks, LayerNorm, cls token, head (paper Fig. 2). Parameter names are the official ones.
+
+    Args:
+        img_size: Height and width of the images in pixels, an int or a pair.
+        tokens_type: Token layers: ``"performer"``, ``"transformer"`` or ``"convolution"``.
+        in_chans: Channels of the images.
+        num_classes: Width of the head; 0 for none.
+        embed_dim: Width of the backbone.
+        depth: Number of blocks.
+        num_heads: Attention heads per block.
+        mlp_ratio: Hidden width of the blocks' MLP over ``embed_dim``.
+        qkv_bias: Bias on the blocks' q, k, v projection.
+        qk_scale: Factor on the blocks' attention scores; None means ``head_dim**-0.5``, with which every released
+            checkpoint was trained.
+        drop_rate: Dropout after the position table, after projections and inside the blocks' MLPs.
+        attn_drop_rate: Dropout on the blocks' attention weights.
+        drop_path_rate: Stochastic depth of the last block; earlier ones rise to it linearly.
+        norm_layer: Makes the blocks' norms and the last one; None means ``nn.LayerNorm``.
+        token_dim: Width of the tokens between the soft splits.
+        block_type: See :class:`t2t_fast.layers.Block`.
+        token_drop_rate: Dropout inside Performer token layers; the original fixes it at 0.1.
+        global_pool: ``"token"`` (cls token), ``"avg"`` (mean over the others) or ``""`` (none).
+        dynamic_img_size: Accept images of any size per call; the position table is interpolated and cached.
+        backend: Backend of every op in the model; ``"auto"`` leaves it to :func:`t2t_fast.use_backend`.
+
+    Raises:
+        ValueError: An argument has an impossible value.
+    """
+
+    def __init__(
+        self,
+        img_size: int | Sequence[int] = 224,
+        tokens_type: str = "performer",
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = False,
+        qk_scale: float | None = None,
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        norm_layer: Callable[[int], nn.Module] | None = None,
+        token_dim: int = 64,
+        block_type: str = "standard",
+        token_drop_rate: float = 0.1,
+        global_pool: str = "token",
+        dynamic_img_size: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.embed_dim = embed_dim
+        self.num_prefix_tokens = 1
+        self.global_pool = _check_global_pool(global_pool)
+        self.dynamic_img_size = dynamic_img_size
+        self.grad_checkpointing = False
+        self.backend = check_backend(backend)
+        norm_layer = norm_layer or nn.LayerNorm
+        if block_type == "dense" and self._make_block is Block:
+            raise ValueError("block_type='dense' needs growing blocks: make the model with T2TViTDense")
+
+        self.tokens_to_token = TokensToToken(in_chans, embed_dim, token_dim, tokens_type, token_drop_rate, backend)
+        self.img_size = as_pair("img_size", img_size, 16)
+        self.grid_size = self.tokens_to_token.grids(*self.img_size)[2]
+        num_tokens = self.grid_size[0] * self.grid_size[1] + self.num_prefix_tokens
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(sinusoid_table(num_tokens, embed_dim), requires_grad=False)
+        self._tables: TableCache = {}
+        self.pos_drop = nn.Dropout(drop_rate)
+        make_block = partial(
+            self._make_block,
+            num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            qkv_bias=qkv_bias,
+            qk_scale=qk_scale,
+            drop=drop_rate,
+            attn_drop=attn_drop_rate,
+            norm_layer=norm_layer,
+            block_type=block_type,
+            backend=backend,
+        )
+        drop_path_rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
+        self.blocks, self.num_features = self._make_blocks(make_block, drop_path_rates)
+        self.head_hidden_size = self.num_features
+        self.norm = norm_layer(self.num_features)
+        self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
+        self.feature_info: list[dict[str, Any]] = [
+            {"num_chs": num_chs, "reduction": 16, "module": f"blocks.{i}"}
+            for i, num_chs in enumerate(self._block_widths())
+        ]
+        self.init_weights()
+        self.register_load_state_dict_pre_hook(_adapt_before_loading)
+
+    _make_block: Callable[..., nn.Module] = Block
+
+    def _make_blocks(
+        self, make_block: Callable[..., nn.Module], drop_path_rates: list[float]
+    ) -> tuple[nn.ModuleList, int]:
+        """The blocks, and the width of the last one's output."""
+        blocks = [make_block(self.embed_dim, drop_path=rate) for rate in drop_path_rates]
+        return nn.ModuleList(blocks), self.embed_dim
+
+    def _block_widths(self) -> list[int]:
+        """Output channels of every entry of ``blocks``."""
+        return [self.embed_dim] * len(self.blocks)
+
+    def init_weights(self) -> None:
+        """Truncated normal (0.02) Linear weights and cls token, zero biases, unit norms, as the original."""
+        trunc_normal_(self.cls_token, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def set_backend(self, backend: str) -> None:
+        """Take ``backend`` for every op in the model from now on; see :mod:`t2t_fast.dispatch`."""
+        check_backend(backend)
+        module: Any
+        for module in self.modules():
+            if hasattr(module, "backend"):
+                module.backend = backend
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that optimizers leave without weight decay."""
+        return {"cls_token", "pos_embed"}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """timm's layer groups: the stem, then the blocks (one group of all splits, or per block)."""
+        return {
+            "stem": r"^cls_token|pos_embed|tokens_to_token",
+            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
+        }
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the blocks in backward instead of keeping their activations."""
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The head: a Linear, or an Identity where ``num_classes`` is 0."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the head by a freshly initialised one of ``num_classes`` outputs (0: none), on the same device."""
+        if global_pool is not None:
+            self.global_pool = _check_global_pool(global_pool)
+        self.num_classes = num_classes
+        if num_classes > 0:
+            like = self.cls_token
+            self.head = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
+            trunc_normal_(self.head.weight, std=0.02)
+            nn.init.zeros_(self.head.bias)
+        else:
+            self.head = nn.Identity()
+
+    def set_input_size(self, img_size: int | Sequence[int]) -> None:
+        """Rebuild for images of ``img_size``: the position table is interpolated to the new grid."""
+        self.img_size = as_pair("img_size", img_size, 16)
+        grid = self.tokens_to_token.grids(*self.img_size)[2]
+        table = resize_table(self.pos_embed.detach(), self.grid_size, grid)
+        self.pos_embed = nn.Parameter(table, requires_grad=self.pos_embed.requires_grad)
+        self.grid_size = grid
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_tables": {}}  # copies and pickles leave the cache behind
+
+    def load_pretrained(self, checkpoint_path: str, prefix: str = "") -> None:
+        """Load a checkpoint file of any known layout; timm calls this for ``pretrained=True`` and ``.npz`` files."""
+        load_checkpoint(checkpoint_path, self)
+
+    def _embed(self, x: Tensor) -> Tensor:
+        tokens = self.tokens_to_token(x)
+        grid = self.tokens_to_token.grids(x.shape[2], x.shape[3])[2]
+        tokens = torch.cat((self.cls_token.expand(tokens.shape[0], -1, -1).to(tokens.dtype), tokens), dim=1)
+        table = table_for_grid(self.pos_embed, self.grid_size, grid, self.dynamic_img_size, self._tables)
+        return self.pos_drop(tokens + table)
+
+    def _run_block(self, block: nn.Module, x: Tensor) -> Tensor:
+        if self.grad_checkpointing and self.training and not torch.jit.is_scripting():
+            if torch.compiler.is_compiling():  # one graph, whose backend is chosen now
+                return checkpoint(block, x)
+            # Recomputation happens in backward, outside any use_backend block that is in force now.
+            return checkpoint(partial(_run_with_backend, resolve_backend(), block), x)
+        return block(x)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images (B, in_chans, H, W) to normalised tokens (B, 1 + h*w, num_features), cls token first."""
+        x = self._embed(x)
+        for block in self.blocks:
+            x = self._run_block(block, x)
+        return self.norm(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Tokens of :meth:`forward_features` to logits (B, num_classes), or to the pooled features."""
+        if self.global_pool == "token":
+            x = x[:, 0]
+        elif self.global_pool == "avg":
+            x = x[:, self.num_prefix_tokens :].mean(dim=1)
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, in_chans, H, W) to logits (B, num_classes)."""
+        return self.forward_head(self.forward_features(x))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """Features after chosen blocks, for detection, segmentation and pictures.
+
+        Args:
+            x: Images (B, in_chans, H, W).
+            indices: Blocks: the last n for an int n, those listed, or all for None.
+            return_prefix_tokens: Return each feature as a pair with its cls token (B, 1, C).
+            norm: Apply the last LayerNorm to each feature (only where its width fits).
+            stop_early: Do not run blocks after the last one asked for.
+            output_fmt: ``"NCHW"`` for maps (B, C, h, w), ``"NLC"`` for tokens (B, h*w, C).
+            intermediates_only: Return the features alone.
+
+        Returns:
+            The list of features, or ``(tokens of forward_features, features)``.
+
+        Raises:
+            ValueError: Unknown ``output_fmt``, or ``norm`` with features of another width.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt={output_fmt!r} is unknown; accepted: NCHW, NLC")
+        take_indices, max_index = feature_take_indices(len(self.blocks), indices)
+        widths = {self.feature_info[i]["num_chs"] for i in take_indices}
+        if norm and widths != {self.num_features}:
+            raise ValueError(f"norm=True needs features of {self.num_features} channels, got {sorted(widths)}")
+        size = x.shape[2:]
+        x = self._embed(x)
+        height, width = self.tokens_to_token.grids(*size)[2]
+        features: list[Any] = []
+        blocks = self.blocks if torch.jit.is_scripting() or not stop_early else self.blocks[: max_index + 1]
+        for i, block in enumerate(blocks):
+            x = self._run_block(block, x)
+            if i in take_indices:
+                y = self.norm(x) if norm else x
+                prefix, y = y[:, : self.num_prefix_tokens], y[:, self.num_prefix_tokens :]
+                if output_fmt == "NCHW":
+                    y = y.transpose(1, 2).unflatten(2, (height, width)).contiguous()
+                features.append((y, prefix) if return_prefix_tokens else y)
+        if intermediates_only:
+            return features
+        return (x if stop_early and max_index + 1 < len(self.blocks) else self.norm(x)), features
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove what the features at ``indices`` do not need; returns the blocks kept as sources.
+
+        The last LayerNorm goes too where the features left have another width.
+        """
+        take_indices, max_index = feature_take_indices(len(self.blocks), indices)
+        self.blocks = self.blocks[: max_index + 1]
+        width = self._block_widths()[max_index]
+        if prune_norm or width != self.num_features:
+            self.norm = nn.Identity()
+        self.num_features = self.head_hidden_size = width
+        if prune_head:
+            self.reset_classifier(0, "")
+        return take_indices
+
+
+def _check_global_pool(global_pool: str) -> str:
+    if global_pool not in GLOBAL_POOLS:
+        raise ValueError(f"global_pool={global_pool!r} is unknown; accepted: {', '.join(map(repr, GLOBAL_POOLS))}")
+    return global_pool
+
+
+def _run_with_backend(backend: str, block: nn.Module, x: Tensor) -> Tensor:
+    with use_backend(backend):
+        return block(x)
+
+
+def _adapt_before_loading(module: nn.Module, state_dict: dict[str, Any], prefix: str, *unused: Any) -> None:
+    """Translate a foreign layout, and fit head and position table, before ``load_state_dict`` compares shapes."""
+    own = {name[len(prefix) :]: value for name, value in state_dict.items() if name.startswith(prefix)}
+    adapted = adapt_for_loading(own, module)
+    for name in own:
+        del state_dict[prefix + name]
+    state_dict.update({prefix + name: value for name, value in adapted.items()})
+
+
+def adapt_for_loading(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
+    """``state_dict`` in official names, fitted to ``model``; what is missing is left for the caller to report."""
+    official, _ = to_official(state_dict)
+    adapted, notes = adapt_state_dict(official, model)
+    log_notes(notes, type(model).__name__)
+    return {name: value for name, value in adapted.items() if name in official}

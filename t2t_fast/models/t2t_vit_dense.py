@@ -1,0 +1,57 @@
+"""T2T-ViT-Dense (paper §3.3): every block appends channels, transitions halve them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+from ..layers import DenseBlock, Transition
+from .t2t_vit import T2TViT
+
+
+class T2TViTDense(T2TViT):
+    """Densely connected T2T-ViT.
+
+    Args:
+        growth_rate: Channels that each block appends.
+        block_config: Blocks per stage; a transition stands between two stages.
+        **kwargs: As for :class:`T2TViT`; ``embed_dim`` is the width of the first block and ``depth`` the number of
+            blocks, ``sum(block_config)``.
+
+    Raises:
+        ValueError: ``depth`` and ``block_config`` disagree.
+    """
+
+    _make_block = DenseBlock
+
+    def __init__(self, growth_rate: int = 32, block_config: Sequence[int] = (3, 4, 6, 3), **kwargs: Any) -> None:
+        self.growth_rate, self.block_config = growth_rate, tuple(block_config)
+        depth = kwargs.setdefault("depth", sum(block_config))
+        if depth != sum(block_config):
+            raise ValueError(f"depth={depth} must be the sum of block_config={self.block_config}")
+        super().__init__(**kwargs)
+
+    def _make_blocks(
+        self, make_block: Callable[..., nn.Module], drop_path_rates: list[float]
+    ) -> tuple[nn.ModuleList, int]:
+        blocks = nn.ModuleList()
+        width, rates = self.embed_dim, iter(drop_path_rates)
+        for stage, num_blocks in enumerate(self.block_config):
+            if stage > 0:
+                blocks.append(Transition(width, width // 2))
+                width //= 2
+            for _ in range(num_blocks):
+                blocks.append(make_block(width, self.growth_rate, drop_path=next(rates)))
+                width += self.growth_rate
+        return blocks, width
+
+    def _block_widths(self) -> list[int]:
+        widths = []
+        for block in self.blocks:
+            if isinstance(block, DenseBlock):
+                widths.append(block.dense_linear.in_features + self.growth_rate)
+            elif isinstance(block, Transition):
+                widths.append(block.linear.out_features)
+        return widths

@@ -1,0 +1,36 @@
+"""The numerics contract in code: which dtype an intermediate lives in."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype of statistics, exponentials, sums and gates: float64 if any tensor is float64, else float32."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a matrix product of ``x`` runs: autocast's where it is on, else that of ``x``."""
+    device_type = x.device.type
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type) if x.dtype != torch.float64 else x.dtype
+    return x.dtype
+
+
+@torch.compiler.assume_constant_result
+def ieee_float32() -> bool:
+    """Whether float32 products must be IEEE float32; a compiled function keeps the answer it was compiled with."""
+    return torch.get_float32_matmul_precision() == "highest"
+
+
+def no_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """A context in which autocast leaves the dtypes of operations on ``x``'s device alone."""
+    device_type = x.device.type
+    if not torch.amp.is_autocast_available(device_type):  # meta, for one
+        return contextlib.nullcontext()
+    return torch.autocast(device_type=device_type, enabled=False)

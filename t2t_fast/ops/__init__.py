@@ -1,0 +1,23 @@
+"""The public ops. Each module holds one: checks, the list of implementations, and the docstring with the formula.
+
+Every op takes ``backend=``: ``"auto"`` (no wish of this call's own; see :mod:`t2t_fast.dispatch`), ``"reference"``,
+``"aten"``, ``"triton"`` or ``"native"``. Naming one that cannot run raises :class:`t2t_fast.BackendUnavailable`.
+"""
+
+from .attention import attention
+from .performer_attention import performer_attention
+from .se_gate import se_gate
+from .se_mlp import se_mlp
+from .soft_split import soft_split
+from .soft_split_linear import soft_split_linear
+from .token_performer import token_performer
+
+__all__ = [
+    "attention",
+    "performer_attention",
+    "se_gate",
+    "se_mlp",
+    "soft_split",
+    "soft_split_linear",
+    "token_performer",
+]

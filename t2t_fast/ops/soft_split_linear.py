@@ -1,0 +1,75 @@
+"""Soft split, LayerNorm and Linear in one op."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ..aten import soft_split_linear as aten_soft_split_linear
+from ..checks import check_shape, check_tensor
+from ..dispatch import Implementation, Op
+from ..reference import soft_split_linear as reference_soft_split_linear
+from .soft_split import check_soft_split
+
+_OP = Op(
+    "soft_split_linear",
+    (
+        Implementation("aten", aten_soft_split_linear.forward),
+        Implementation("reference", reference_soft_split_linear.forward),
+    ),
+)
+
+
+def soft_split_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int],
+    padding: int | Sequence[int],
+    grid: Sequence[int] | None = None,
+    eps: float = 1e-5,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """``linear(layer_norm(soft_split(x)))`` (paper §3.1), without the long tokens where the backend can.
+
+    Args:
+        x: Image (B, C, H, W) or tokens (B, H*W, C) with ``grid=(H, W)``, as for :func:`soft_split`.
+        weight: (out, n) with n = C*kh*kw, columns in the order (c, i, j).
+        bias: (out,) or None.
+        norm_weight: LayerNorm's gamma (n,), or None for no LayerNorm.
+        norm_bias: LayerNorm's beta (n,) or None; None without ``norm_weight``.
+        kernel_size: Patch height and width in pixels, an int or a pair.
+        stride: Step between patches, an int or a pair.
+        padding: Zeros on each side, an int or a pair; they count in the LayerNorm's statistics.
+        grid: (H, W) of the token grid; None for an image.
+        eps: LayerNorm's epsilon.
+        backend: See :mod:`t2t_fast.ops`.
+
+    Returns:
+        (B, L, out), in the dtype that a Linear would return.
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: Shapes do not fit together.
+        BackendUnavailable: ``backend`` names one that cannot run here.
+    """
+    geometry, grid_ = check_soft_split(x, kernel_size, stride, padding, grid)
+    kernel = geometry[0]
+    channels = x.shape[1] if grid_ is None else x.shape[2]
+    n = channels * kernel[0] * kernel[1]
+    check_tensor("weight", weight, 2)
+    check_shape("weight", weight, (weight.shape[0], n), "(out, C*kh*kw)")
+    if bias is not None:
+        check_shape("bias", bias, (weight.shape[0],), "(out,)")
+    if norm_weight is not None:
+        check_shape("norm_weight", norm_weight, (n,), "(C*kh*kw,)")
+    if norm_bias is not None:
+        if norm_weight is None:
+            raise ValueError("norm_bias was given without norm_weight; pass both, norm_weight alone, or neither")
+        check_shape("norm_bias", norm_bias, (n,), "(C*kh*kw,)")
+    return _OP(backend, x, weight, bias, norm_weight, norm_bias, *geometry, grid_, eps)

@@ -1,0 +1,84 @@
+"""What the op tests share: the table of tolerances, comparisons with float64, and gradient checks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Allowed relative error in the Frobenius norm, of values and of gradients, and the dtype's unit roundoff."""
+
+    value: float
+    grad: float
+    unit: float
+
+
+TOLERANCES: dict[torch.dtype, Tolerance] = {
+    torch.float64: Tolerance(1e-13, 1e-12, 2.0**-53),
+    torch.float32: Tolerance(2e-6, 1e-5, 2.0**-24),
+    torch.float16: Tolerance(2e-3, 4e-3, 2.0**-11),
+    torch.bfloat16: Tolerance(1.2e-2, 2.5e-2, 2.0**-8),
+}
+
+
+def assert_close(got: Tensor, want: Tensor, dtype: torch.dtype, reduction: int, *, grad: bool = False) -> None:
+    """Compare with a float64 result, by norm and by largest error.
+
+    The largest error is bounded by ``8 u (1 + sqrt(reduction))`` times the largest value: rounding errors of a sum of
+    ``reduction`` terms grow with its root, and u is the coarser of the result's and the intermediates' roundoff.
+    """
+    assert got.shape == want.shape
+    tolerance = TOLERANCES[dtype]
+    got, want = got.detach().double(), want.detach().double()
+    assert torch.isfinite(got).all()
+    if want.numel() == 0:
+        return
+    norm, error = want.norm().item(), (got - want).norm().item()
+    allowed = tolerance.grad if grad else tolerance.value
+    assert error <= allowed * norm + 1e-300, f"relative norm {error / max(norm, 1e-300):.2e} > {allowed:.0e}"
+    bound = 8 * tolerance.unit * (1 + math.sqrt(reduction)) * want.abs().max().item()
+    assert (got - want).abs().max().item() <= bound + 1e-300, "largest error above the bound of the reduction length"
+
+
+def hand_written(
+    forward: Callable[..., Tensor], backward: Callable[..., Any], num_tensors: int
+) -> Callable[..., Tensor]:
+    """A differentiable function from a reference's ``forward`` and hand-written ``backward``.
+
+    The first ``num_tensors`` arguments are differentiable (or None); the others are passed through.
+    """
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Tensor:
+            ctx.save_for_backward(*args[:num_tensors])
+            ctx.rest = args[num_tensors:]
+            return forward(*args)
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Any:
+            grads = backward(grad, *ctx.saved_tensors, *ctx.rest)
+            grads = grads if isinstance(grads, tuple) else (grads,)
+            return *grads, *[None] * len(ctx.rest)
+
+    return Function.apply
+
+
+def gradients(function: Callable[..., Tensor], args: Sequence[Any], grad: Tensor) -> list[Tensor | None]:
+    """Autograd's gradients of ``function(*args)`` for the tensors in ``args`` that require one, None for others."""
+    leaves = [a.detach().requires_grad_() if isinstance(a, Tensor) else a for a in args]
+    wanted = [a for a in leaves if isinstance(a, Tensor)]
+    found = iter(torch.autograd.grad(function(*leaves), wanted, grad.to(function(*leaves).dtype)))
+    return [next(found) if isinstance(a, Tensor) else None for a in leaves]
+
+
+def leaves(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Float64 copies that require a gradient, for gradcheck."""
+    return [None if t is None else t.detach().double().requires_grad_() for t in tensors]

@@ -1,0 +1,55 @@
+"""ops.attention: scaled_dot_product_attention against the written-out softmax."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import assert_close, gradients, hand_written, leaves
+
+from t2t_fast import ops
+from t2t_fast.reference import attention as reference
+
+BACKENDS = ("reference", "aten")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("heads", "tokens", "dim"), [(1, 61, 64), (6, 17, 64), (32, 5, 12), (2, 1, 7)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_forward_and_gradients(backend: str, heads: int, tokens: int, dim: int, dtype: torch.dtype) -> None:
+    qkv = torch.randn(2, tokens, 3, heads, dim, dtype=torch.float64).to(dtype).permute(2, 0, 3, 1, 4)
+    scale = 147**-0.5  # not 1/sqrt(dim): the token transformer's scale is that of its input width
+    exact = [t.double() for t in qkv]
+    want = torch.softmax(torch.einsum("bhnd,bhmd->bhnm", exact[0], exact[1]) * scale, -1) @ exact[2]
+    got = ops.attention(*qkv, scale, backend=backend)
+    assert got.dtype == dtype
+    assert_close(got, want, dtype, tokens)
+    if tokens == 1:
+        return  # softmax over one score: the gradients of q and k vanish
+    grad = torch.randn_like(want).to(dtype)
+    wanted = reference.backward(grad.double(), *exact, scale)
+    found = gradients(lambda q, k, v: ops.attention(q, k, v, scale, backend=backend), list(qkv), grad)
+    for g, w in zip(found, wanted, strict=True):
+        assert_close(g, w, dtype, tokens * dim, grad=True)
+
+
+def test_gradcheck() -> None:
+    inputs = leaves(*torch.randn(3, 1, 2, 4, 3).unbind())
+    for backend in BACKENDS:
+        assert torch.autograd.gradcheck(lambda q, k, v, b=backend: ops.attention(q, k, v, 0.3, backend=b), inputs)
+    by_hand = hand_written(
+        lambda q, k, v, scale: reference.forward(q, k, v, scale, 0.0),
+        reference.backward,
+        3,
+    )
+    assert torch.autograd.gradcheck(by_hand, (*inputs, 0.3))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dropout_keeps_the_mean(backend: str) -> None:
+    q = torch.zeros(1, 1, 400, 4)
+    v = torch.ones(1, 1, 400, 4)
+    got = ops.attention(q, q, v, 0.5, 0.25, backend=backend)
+    assert abs(got.mean().item() - 1) < 0.02
+    assert got.std().item() > 0.01
+    with pytest.raises(ValueError, match=r"dropout_p must be in \[0, 1\), got 1\.0"):
+        ops.attention(q, q, v, 0.5, 1.0)

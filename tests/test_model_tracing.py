@@ -1,0 +1,135 @@
+"""Every way to turn a model into a graph: fx, jit.trace, export, compile."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import timm
+import torch
+from small_models import FAMILIES, MODELS, flat_gradients, relative_error, seeded_images, small
+from torch import Tensor, nn
+from torchvision.models.feature_extraction import create_feature_extractor
+
+import t2t_fast
+
+every_model = pytest.mark.parametrize("name", MODELS)
+every_family = pytest.mark.parametrize("name", FAMILIES.values(), ids=FAMILIES)
+
+
+@pytest.fixture
+def _fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@every_model
+def test_symbolic_trace(name: str) -> None:
+    model = small(name).eval()
+    graph = torch.fx.symbolic_trace(model)
+    for batch in (2, 5):
+        images = seeded_images(batch, 32, 32)
+        torch.testing.assert_close(graph(images), model(images))
+    with pytest.raises(ValueError, match=r"images must have shape \(B, 3, H, W\), got \(2, 1, 32, 32\)"):
+        graph(seeded_images(2, 32, 32, channels=1))
+    with pytest.raises(ValueError, match=r"the model was built for \(2, 2\)"):
+        graph(seeded_images(2, 32, 48))
+
+
+@every_family
+def test_feature_extractors(name: str) -> None:
+    model, images = small(name).eval(), seeded_images(2, 32, 32)
+    want = model.forward_intermediates(images, output_fmt="NLC", indices=[0], return_prefix_tokens=True)
+    extractor = create_feature_extractor(model, {"blocks.0": "first", "norm": "last"})
+    got = extractor(images)
+    torch.testing.assert_close(got["first"], torch.cat((want[1][0][1], want[1][0][0]), dim=1))
+    torch.testing.assert_close(got["last"], want[0])
+    from_timm = small(name, features_only=True, out_indices=(0, 1), feature_cls="fx").eval()
+    assert [feature.shape[-1] for feature in from_timm(images)] == from_timm.feature_info.channels()
+
+
+@every_model
+def test_jit_trace(name: str) -> None:
+    model = small(name).eval()
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # deprecated, and checks on sizes are traced as constants
+        traced = {batch: torch.jit.trace(model, seeded_images(batch, 32, 32)) for batch in (2, 6)}
+        for graph in traced.values():
+            for batch in (1, 3, 9):
+                images = seeded_images(batch, 32, 32)
+                torch.testing.assert_close(graph(images), model(images), rtol=1e-4, atol=1e-5)
+
+
+def test_jit_trace_of_another_size() -> None:
+    model, images = small("t2t_vit_7", dynamic_img_size=True).eval(), seeded_images(2, 47, 33)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        torch.testing.assert_close(torch.jit.trace(model, images)(images), model(images), rtol=1e-4, atol=1e-5)
+
+
+@every_family
+def test_export(name: str) -> None:
+    model = small(name).eval()
+    static = torch.export.export(model, (seeded_images(2, 32, 32),)).module()
+    dynamic = torch.export.export(
+        model, (seeded_images(2, 32, 32),), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},)
+    ).module()
+    images = seeded_images(7, 32, 32)
+    torch.testing.assert_close(static(images[:2]), model(images[:2]), rtol=1e-4, atol=1e-5)
+    for batch in (1, 7):
+        torch.testing.assert_close(dynamic(images[:batch]), model(images[:batch]), rtol=1e-4, atol=1e-5)
+
+
+def gradients(function: nn.Module, model: nn.Module, images: Tensor) -> Tensor:
+    model.zero_grad()
+    function(images).square().mean().backward()
+    return flat_gradients(model)
+
+
+@every_family
+@pytest.mark.usefixtures("_fresh_compiler")
+def test_compile(name: str) -> None:
+    model = small(name, depth=2 if "dense" in name else 1).eval()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    images = seeded_images(9, 32, 32)
+    torch._dynamo.mark_dynamic(images, 0)
+    assert relative_error(compiled(images), model(images)) < 1e-5
+    assert relative_error(gradients(compiled, model, images), gradients(model, model, images)) < 1e-5
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for batch in (2, 5, 12):
+            other = seeded_images(batch, 32, 32)
+            torch._dynamo.mark_dynamic(other, 0)
+            assert relative_error(gradients(compiled, model, other), gradients(model, model, other)) < 1e-5
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+def test_compile_in_training() -> None:
+    model = small("t2t_vit_7", depth=1, drop_rate=0.1, drop_path_rate=0.1, dynamic_img_size=True).train()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for height, width in ((32, 32), (48, 33)):
+        assert torch.isfinite(gradients(compiled, model, seeded_images(3, height, width))).all()
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+def test_compile_with_checkpointing() -> None:
+    model, images = small("t2t_vit_7", token_drop_rate=0.0).train(), seeded_images(3, 32, 32)
+    want = gradients(model, model, images)
+    model.set_grad_checkpointing()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert relative_error(gradients(compiled, model, images), want) < 1e-5
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+def test_compile_keeps_the_backend() -> None:
+    model, images = small("t2t_vit_7", depth=1, backend="reference").eval(), seeded_images(2, 32, 32)
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(images), model(images))
+    ran = t2t_fast.explain(model, images).backends()
+    assert set().union(*ran.values()) == {"reference"}
+
+
+def test_a_model_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        model = timm.create_model("t2t_vit_14", dynamic_img_size=True)
+        assert model(torch.empty(2, 3, 240, 320)).shape == (2, 1000)

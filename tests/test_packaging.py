@@ -1,0 +1,140 @@
+"""Every way to install the package gives the same package, and importing it costs next to nothing."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ("t2t_fast", "kernels", "csrc", "benchmarks", "tests")
+FILES = ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "CHANGELOG.md", "LICENSE")
+
+RUN_A_MODEL = """
+import json, t2t_fast, t2t_fast.kernels, timm, torch
+model = timm.create_model("t2t_vit_7", img_size=64, num_classes=5).eval()
+assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 5)
+print(json.dumps([t2t_fast.__file__, t2t_fast.kernels.__file__]))
+"""
+
+# Compilers are other programs: g++, nvcc and ptxas, and the C compiler of Triton's launchers.
+IMPORT = """
+import json, sys, time, timm, torch
+modules, processes = set(sys.modules), []
+def note(event, args):
+    if event in {"subprocess.Popen", "os.posix_spawn", "os.exec", "os.system"}:
+        processes.append(str(args[0]))
+sys.addaudithook(note)
+start = time.perf_counter()
+import t2t_fast
+seconds = time.perf_counter() - start
+print(json.dumps({
+    "seconds": seconds,
+    "modules": sorted(set(sys.modules) - modules),
+    "processes": processes,
+    "cuda": torch.cuda.is_initialized(),
+}))
+"""
+
+
+def run(*command: str | Path, cwd: Path) -> str:
+    """Standard output of a command that must succeed, in an environment that points at no other installation."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "T2T_FAST_"))}
+    result = subprocess.run([str(part) for part in command], cwd=cwd, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, f"{command} failed:\n{result.stdout}\n{result.stderr}"
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the project to build from: builds write into the tree."""
+    copy = tmp_path_factory.mktemp("source")
+    for name in SOURCES:
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    for name in FILES:
+        shutil.copy(ROOT / name, copy / name)
+    return copy
+
+
+@pytest.fixture
+def venv(tmp_path: Path) -> Path:
+    """An environment with the dependencies of the running one, but not its t2t_fast.
+
+    A path added by a .pth file has its own .pth files ignored: the finder of an editable t2t_fast stays out.
+    """
+    path = tmp_path / "venv"
+    run(sys.executable, "-m", "venv", "--without-pip", path, cwd=tmp_path)
+    dependencies = [entry for entry in sys.path if entry.endswith("-packages")]
+    (site_packages(path) / "dependencies.pth").write_text("\n".join(dependencies))
+    return path
+
+
+@pytest.fixture(scope="module")
+def archives(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The sdist and the wheel built from it."""
+    dist = tmp_path_factory.mktemp("dist")
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", dist, cwd=source)
+    return {"sdist": next(dist.glob("*.tar.gz")), "wheel": next(dist.glob("*.whl"))}
+
+
+def site_packages(venv: Path) -> Path:
+    return next(venv.glob("lib/python*/site-packages"))
+
+
+def install(venv: Path, *what: str | Path) -> None:
+    # --ignore-installed: the t2t_fast of the running environment does not count
+    pip = (sys.executable, "-m", "pip", "--python", venv / "bin" / "python", "install")
+    run(*pip, "--no-index", "--no-deps", "--no-build-isolation", "--ignore-installed", *what, cwd=venv)
+
+
+def imported_from(venv: Path, cwd: Path) -> list[Path]:
+    """Run a model and return the folders of `t2t_fast` and `t2t_fast.kernels`."""
+    output = run(venv / "bin" / "python", "-c", RUN_A_MODEL, cwd=cwd)
+    return [Path(file).parent for file in json.loads(output.splitlines()[-1])]
+
+
+def test_editable_install(source: Path, venv: Path, tmp_path: Path) -> None:
+    install(venv, "--editable", source)
+    assert imported_from(venv, cwd=tmp_path) == [source / "t2t_fast", source / "kernels"]
+
+
+@pytest.mark.parametrize("kind", ["directory", "wheel", "sdist"])
+def test_regular_install(kind: str, source: Path, archives: dict[str, Path], venv: Path, tmp_path: Path) -> None:
+    install(venv, {"directory": source, **archives}[kind])
+    package = site_packages(venv) / "t2t_fast"
+    assert imported_from(venv, cwd=tmp_path) == [package, package / "kernels"]
+
+
+def test_regular_install_in_the_repository_root(archives: dict[str, Path], source: Path, venv: Path) -> None:
+    install(venv, archives["wheel"])
+    assert imported_from(venv, cwd=source) == [source / "t2t_fast", source / "kernels"]
+
+
+def test_uninstalled_in_the_repository_root(source: Path, venv: Path) -> None:
+    assert imported_from(venv, cwd=source) == [source / "t2t_fast", source / "kernels"]
+
+
+def test_wheel_contents(archives: dict[str, Path]) -> None:
+    names = zipfile.ZipFile(archives["wheel"]).namelist()
+    assert {"t2t_fast/py.typed", "t2t_fast/kernels/__init__.py"} <= set(names)
+    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"t2t_fast"}, "owns one top-level name"
+
+
+def test_sdist_contents(archives: dict[str, Path]) -> None:
+    with tarfile.open(archives["sdist"]) as sdist:
+        names = {name.partition("/")[2] for name in sdist.getnames()}
+    assert {*SOURCES, *FILES, "csrc/README.md", "tests/test_packaging.py"} <= names
+
+
+def test_import_is_cheap() -> None:
+    reports = [json.loads(run(sys.executable, "-c", IMPORT, cwd=ROOT).splitlines()[-1]) for _ in range(3)]
+    assert "t2t_fast" in reports[0]["modules"], "something else imported it"
+    assert not {"torch.utils.cpp_extension", "torch._inductor.codecache"} & set(reports[0]["modules"])
+    assert reports[0]["processes"] == []
+    assert not reports[0]["cuda"]
+    assert min(report["seconds"] for report in reports) < 0.5

@@ -1,0 +1,44 @@
+"""ops.se_gate against the formula in float64, with hand-written gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import assert_close, gradients, hand_written, leaves
+
+from t2t_fast import ops
+from t2t_fast.reference import se_gate as reference
+
+BACKENDS = ("reference", "aten")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("tokens", "dim", "reduced"), [(197, 48, 3), (1, 16, 1), (33, 384, 24)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_forward_and_gradients(backend: str, tokens: int, dim: int, reduced: int, dtype: torch.dtype) -> None:
+    x = (1 + torch.randn(3, tokens, dim)).to(dtype)
+    w_reduce, w_expand = torch.randn(reduced, dim).to(dtype), torch.randn(dim, reduced).to(dtype)
+    exact = [t.double() for t in (x, w_reduce, w_expand)]
+    gate = torch.sigmoid(torch.relu(exact[0].mean(1) @ exact[1].T) @ exact[2].T)
+    want = exact[0] * gate[:, None]
+    got = ops.se_gate(x, w_reduce, w_expand, backend=backend)
+    assert got.dtype == dtype
+    assert_close(got, want, dtype, tokens + dim)
+    grad = torch.randn_like(want).to(dtype)
+    wanted = reference.backward(grad.double(), *exact)
+    found = gradients(lambda *t: ops.se_gate(*t, backend=backend), (x, w_reduce, w_expand), grad)
+    for g, w in zip(found, wanted, strict=True):
+        assert_close(g, w, dtype, tokens + dim, grad=True)
+
+
+def test_gradcheck() -> None:
+    inputs = leaves(torch.randn(2, 5, 6), torch.randn(3, 6), torch.randn(6, 3))
+    for backend in BACKENDS:
+        assert torch.autograd.gradcheck(lambda *t, b=backend: ops.se_gate(*t, backend=b), inputs)
+    assert torch.autograd.gradcheck(hand_written(reference.forward, reference.backward, 3), tuple(inputs))
+
+
+def test_bad_input_is_named() -> None:
+    x = torch.randn(2, 5, 6)
+    with pytest.raises(ValueError, match=r"w_expand must have shape \(C, R\) = \(6, 3\), got \(6, 2\)"):
+        ops.se_gate(x, torch.randn(3, 6), torch.randn(6, 2))

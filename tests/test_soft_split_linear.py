@@ -1,0 +1,189 @@
+"""ops.soft_split_linear: the folded convolution against unfold, LayerNorm and Linear in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import TOLERANCES, assert_close, gradients, hand_written, leaves
+from torch import Tensor
+
+from t2t_fast import ops
+from t2t_fast.aten import soft_split_linear as aten
+from t2t_fast.reference import soft_split_linear as reference
+
+BACKENDS = ("reference", "aten")
+# (channels, height, width, kernel, stride, padding, out)
+CASES = [
+    (3, 31, 57, 7, 4, 2, 24),
+    (64, 14, 14, 3, 2, 1, 33),
+    (5, 9, 6, (2, 3), (3, 1), (0, 2), 7),
+    (6, 5, 5, 1, 1, 0, 3),
+    (3, 12, 12, 3, 4, 2, 5),
+]
+
+
+def make(case: tuple, tokens: bool, norm: bool = True, bias: bool = True, dtype: torch.dtype = torch.float64) -> Any:
+    """(tensors, geometry with grid and eps)."""
+    channels, height, width, kernel, stride, padding, out = case
+    kh, kw = kernel if isinstance(kernel, tuple) else (kernel, kernel)
+    n = channels * kh * kw
+    shape = (2, height * width, channels) if tokens else (2, channels, height, width)
+    tensors = [
+        torch.randn(shape),
+        torch.randn(out, n) / n**0.5,
+        torch.randn(out) if bias else None,
+        1 + 0.2 * torch.randn(n) if norm else None,
+        0.2 * torch.randn(n) if norm else None,
+    ]
+    tensors = [None if t is None else t.to(dtype) for t in tensors]
+    pair = [v if isinstance(v, tuple) else (v, v) for v in (kernel, stride, padding)]
+    return tensors, (*pair, (height, width) if tokens else None, 1e-5)
+
+
+def run(backend: str, tensors: list[Tensor | None], geometry: tuple) -> Tensor:
+    return ops.soft_split_linear(*tensors, *geometry, backend=backend)
+
+
+def double(tensors: list[Tensor | None]) -> list[Tensor | None]:
+    return [None if t is None else t.double() for t in tensors]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [False, True])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_forward_and_gradients(backend: str, case: tuple, tokens: bool, dtype: torch.dtype) -> None:
+    tensors, geometry = make(case, tokens, dtype=dtype)
+    want = reference.forward(*double(tensors), *geometry)
+    got = run(backend, tensors, geometry)
+    n = tensors[1].shape[1]
+    assert got.dtype == dtype
+    assert_close(got, want, dtype, n)
+    grad = torch.randn_like(want).to(dtype)
+    wanted = reference.backward(grad.double(), *double(tensors), *geometry)
+    found = gradients(lambda *t: run(backend, list(t), geometry), tensors, grad)
+    for g, w in zip(found, wanted, strict=True):
+        assert_close(g, w, dtype, max(n, want.shape[0] * want.shape[1]), grad=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_patches_of_one_value_normalise_to_zero(backend: str) -> None:
+    tensors, geometry = make((1, 5, 5, 1, 1, 0, 3), False)
+    _, weight, bias, _, beta = tensors
+    want = (weight @ beta + bias).expand(2, 25, 3)
+    assert_close(run(backend, tensors, geometry), want, torch.float64, 1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("norm", "bias"), [(False, True), (False, False), (True, False)])
+def test_optional_arguments(backend: str, norm: bool, bias: bool) -> None:
+    for tokens in (False, True):
+        tensors, geometry = make(CASES[1], tokens, norm, bias)
+        assert_close(run(backend, tensors, geometry), reference.forward(*tensors, *geometry), torch.float64, 576)
+    tensors[4] = None  # a LayerNorm without beta
+    assert_close(run(backend, tensors, geometry), reference.forward(*tensors, *geometry), torch.float64, 576)
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+@pytest.mark.parametrize("norm", [False, True])
+def test_gradcheck(tokens: bool, norm: bool) -> None:
+    tensors, geometry = make((2, 5, 4, 3, 2, 1, 3), tokens, norm)
+    inputs = leaves(*tensors)
+    for backend in BACKENDS:
+        assert torch.autograd.gradcheck(lambda *t, b=backend: run(b, list(t), geometry), inputs)
+    assert torch.autograd.gradcheck(hand_written(reference.forward, reference.backward, 5), (*inputs, *geometry))
+    for backend in BACKENDS:
+        assert torch.autograd.gradgradcheck(lambda *t, b=backend: run(b, list(t), geometry), inputs)
+
+
+def flat_images() -> dict[str, Tensor]:
+    steps = torch.arange(48 * 48).view(1, 1, 48, 48) % 7
+    half = torch.full((1, 3, 48, 48), 2.2)
+    half[..., 20:] = -1.5
+    hot = torch.zeros(1, 3, 48, 48)
+    hot[0, 1, 20, 31] = 1.0
+    return {
+        "zero": torch.zeros(1, 3, 48, 48),
+        "constant": torch.full((1, 3, 48, 48), 2.1875),
+        "nearly constant": torch.full((1, 3, 48, 48), 2.0) + 1e-3 * torch.randn(1, 3, 48, 48),
+        "two flat halves": half,
+        "one hot pixel": hot,
+        "bright steps": (500.0 + steps / 8).expand(1, 3, 48, 48).clone(),
+    }
+
+
+# 16-bit products cannot hold means beyond 100 standard deviations: the bright steps are for float32 and float64.
+FLAT_CASES = [(name, dtype) for dtype in (torch.float64, torch.float32) for name in flat_images()]
+FLAT_CASES += [(n, dtype) for dtype in (torch.float16, torch.bfloat16) for n in flat_images() if n != "bright steps"]
+
+
+@pytest.mark.parametrize(("name", "dtype"), FLAT_CASES)
+def test_flat_images(name: str, dtype: torch.dtype) -> None:
+    """Sky and padding: the variance must not cancel, and rounded weights must not leak the patch's mean."""
+    (_, weight, bias, gamma, beta), geometry = make((3, 48, 48, 7, 4, 2, 24), False, dtype=dtype)
+    x = flat_images()[name].to(dtype)
+    exact = double([x, weight, bias, gamma, beta])
+    want = reference.forward(*exact, *geometry)
+    error = {b: (run(b, [x, weight, bias, gamma, beta], geometry).double() - want).abs().max().item() for b in BACKENDS}
+    # What one float32 rounding of the image does to the exact output: float32 sums cannot promise better.
+    exact[0] = exact[0] * (1 + 2**-24 * torch.randn(x.shape, dtype=torch.float64))
+    conditioning = (reference.forward(*exact, *geometry) - want).abs().max().item()
+    unit, rounding = TOLERANCES[dtype].unit, 2**-24 if dtype != torch.float64 else 2**-53
+    assert error["aten"] <= 8 * unit * want.abs().max().item() + 16 * conditioning * rounding / 2**-24
+
+
+def test_variance_of_patches_survives_a_large_mean() -> None:
+    x = (1000 + 1e-3 * torch.randn(2, 3, 40, 40, dtype=torch.float64)).float()
+    _, rstd = aten.patch_statistics(x, (7, 7), (4, 4), (0, 0), 1e-5)
+    windows = F.unfold(x.double(), 7, stride=4).transpose(1, 2)
+    want = torch.rsqrt(windows.var(-1, correction=0, keepdim=True) + 1e-5)
+    # A float32 mean near 1000 is off by up to 3e-5, which adds (3e-5 / 1e-3)**2 to the variance, relatively.
+    torch.testing.assert_close(rstd.flatten(1).unsqueeze(2).double(), want, rtol=3e-3, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast(backend: str, dtype: torch.dtype) -> None:
+    tensors, geometry = make(CASES[0], False, dtype=torch.float32)
+    want = reference.forward(*double(tensors), *geometry)
+    with torch.autocast("cpu", dtype=dtype):
+        got = run(backend, tensors, geometry)
+    assert got.dtype == dtype
+    assert_close(got, want, dtype, 147)
+
+
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("case", CASES)
+def test_without_convolutions(case: tuple, norm: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What float32 on CUDA does while cuDNN could take TF32: products over patches in place of the convolution."""
+    tensors, geometry = make(case, False, norm)
+    monkeypatch.setattr(aten, "_convolves_in_tf32", lambda image: True)
+    assert_close(run("aten", tensors, geometry), reference.forward(*tensors, *geometry), torch.float64, 576)
+    grad = torch.randn_like(reference.forward(*tensors, *geometry))
+    wanted = reference.backward(grad, *tensors, *geometry)
+    found = gradients(lambda *t: run("aten", list(t), geometry), tensors, grad)
+    for g, w in zip(found, wanted, strict=True):
+        if w is not None:
+            assert_close(g, w, torch.float64, 576, grad=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("batch", [0, 1])
+def test_small_batches(backend: str, batch: int) -> None:
+    tensors, geometry = make(CASES[0], False)
+    tensors[0] = tensors[0][:batch]
+    assert run(backend, tensors, geometry).shape == (batch, 8 * 14, 24)
+
+
+def test_bad_input_is_named() -> None:
+    tensors, geometry = make(CASES[0], False)
+    x, weight, bias, gamma, beta = tensors
+    with pytest.raises(ValueError, match=r"weight must have shape \(out, C\*kh\*kw\) = \(24, 147\), got \(24, 146\)"):
+        run("auto", [x, weight[:, 1:], bias, gamma, beta], geometry)
+    with pytest.raises(ValueError, match=r"bias must have shape \(out,\) = \(24,\), got \(23,\)"):
+        run("auto", [x, weight, bias[1:], gamma, beta], geometry)
+    with pytest.raises(ValueError, match=r"norm_bias was given without norm_weight"):
+        run("auto", [x, weight, bias, None, beta], geometry)
