@@ -30,5 +30,13 @@ def test_table_and_result_file(tmp_path: Path) -> None:
 def test_an_unknown_model_is_named_in_one_line() -> None:
     done = run("--models", "t2t_vit_99")
     assert done.returncode == 2
-    assert "'t2t_vit_99' is unknown; accepted: t2t_vit_10" in done.stderr
+    assert "'t2t_vit_99' is unknown; accepted: t2t_vit_7, t2t_vit_10" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_an_output_without_a_suffix_is_a_folder(tmp_path: Path) -> None:
+    done = run("--models", "t2t_vit_7", "--batch-size", "1", "--blocks", "1", "--output", str(tmp_path / "results"))
+    assert done.returncode == 0, done.stderr
+    (written,) = (tmp_path / "results").iterdir()
+    assert written.suffix == ".json"
+    assert len(json.loads(written.read_text())["rows"]) == 3

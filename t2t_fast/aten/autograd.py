@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..numerics import no_autocast
 
 
 def wants_hand_written_backward(*tensors: Tensor | None) -> bool:
@@ -14,6 +17,22 @@ def wants_hand_written_backward(*tensors: Tensor | None) -> bool:
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or not torch.is_grad_enabled():
         return False
     return any(t is not None and t.requires_grad for t in tensors)
+
+
+def backward_by_hand(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
+    """Decorates a ``Function.backward`` whose first output alone is differentiable.
+
+    No gradient gives none; otherwise it runs in the dtypes of its forward, even if called inside an autocast region.
+    """
+
+    @functools.wraps(backward)
+    def run(ctx: Any, grad: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * len(ctx.needs_input_grad)
+        with no_autocast(grad):
+            return backward(ctx, grad)
+
+    return run
 
 
 def differentiable_backward(

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..numerics import compute_dtype, no_autocast
-from .autograd import differentiable_backward, wants_hand_written_backward
+from .autograd import backward_by_hand, differentiable_backward, wants_hand_written_backward
 
 
 def features(z: Tensor, w: Tensor) -> Tensor:
@@ -55,9 +55,8 @@ class _Attention(torch.autograd.Function):
         ctx.eps = inputs[4]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
-        if grad is None:
-            return (None,) * 5
+    @backward_by_hand
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         k, q, v, w, phi_k, weights = ctx.saved_tensors
         if torch.is_grad_enabled():
             return differentiable_backward(lambda *args: _attend(*args)[0], (k, q, v, w, ctx.eps), grad)

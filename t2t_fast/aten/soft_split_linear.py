@@ -18,7 +18,7 @@ from torch import Tensor
 from ..numerics import compute_dtype, ieee_float32, no_autocast, product_dtype
 from ..reference.soft_split import as_image
 from . import soft_split
-from .autograd import differentiable_backward, wants_hand_written_backward
+from .autograd import backward_by_hand, differentiable_backward, wants_hand_written_backward
 
 Pair = tuple[int, int]
 
@@ -99,9 +99,8 @@ class _NormedConvolution(torch.autograd.Function):
         ctx.rest = inputs[3:]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
-        if grad is None:
-            return (None,) * 7
+    @backward_by_hand
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         image, centred, offset, out, mean, rstd = ctx.saved_tensors
         kernel_size, stride, padding, _ = ctx.rest
         if torch.is_grad_enabled():

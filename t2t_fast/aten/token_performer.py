@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..numerics import compute_dtype, product_dtype
 from . import performer_attention
-from .autograd import differentiable_backward, wants_hand_written_backward
+from .autograd import backward_by_hand, differentiable_backward, wants_hand_written_backward
 from .performer_attention import attend_backward, attention_weights
 
 
@@ -103,9 +103,8 @@ class _TokenPerformer(torch.autograd.Function):
         ctx.rest = inputs[12:]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
-        if grad is None:
-            return (None,) * 14
+    @backward_by_hand
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         inputs, kept = ctx.saved_tensors[:12], ctx.saved_tensors[12:]
         if torch.is_grad_enabled():
             return differentiable_backward(lambda *args: _token_performer(*args)[0], (*inputs, *ctx.rest), grad)

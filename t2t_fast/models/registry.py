@@ -101,7 +101,7 @@ register_model_deprecations(__name__, {"T" + name[1:]: name for name in VARIANTS
 
 
 def list_models(filter: str = "*") -> list[str]:
-    """Names of this package's models, sorted; ``filter`` is a shell-style pattern."""
+    """Names of this package's models in natural order; ``filter`` is a shell-style pattern."""
     return [name for name in timm.list_models(filter) if name in VARIANTS]
 
 
