@@ -28,8 +28,13 @@ TOLERANCES: dict[torch.dtype, Tolerance] = {
 }
 
 
-def assert_close(got: Tensor, want: Tensor, dtype: torch.dtype, reduction: int, *, grad: bool = False) -> None:
+def assert_close(
+    got: Tensor, want: Tensor, dtype: torch.dtype, reduction: int, *, grad: bool = False, conditioning: float = 0.0
+) -> None:
     """Compare with a float64 result, by norm and by largest error.
+
+    ``conditioning`` is the relative norm by which rounding the inputs moves the exact result, from
+    :func:`rounding_moves`: cancellation in the problem is no fault of an implementation.
 
     The largest error is bounded by ``8 u (1 + sqrt(reduction))`` times the largest value: rounding errors of a sum of
     ``reduction`` terms grow with its root, and u is the coarser of the result's and the intermediates' roundoff.
@@ -42,9 +47,27 @@ def assert_close(got: Tensor, want: Tensor, dtype: torch.dtype, reduction: int, 
         return
     norm, error = want.norm().item(), (got - want).norm().item()
     allowed = tolerance.grad if grad else tolerance.value
-    assert error <= allowed * norm + 1e-300, f"relative norm {error / max(norm, 1e-300):.2e} > {allowed:.0e}"
-    bound = 8 * tolerance.unit * (1 + math.sqrt(reduction)) * want.abs().max().item()
+    allowed += 4 * conditioning
+    assert error <= allowed * norm + 1e-300, f"relative norm {error / max(norm, 1e-300):.2e} > {allowed:.1e}"
+    bound = (8 * tolerance.unit * (1 + math.sqrt(reduction)) + 4 * conditioning) * want.abs().max().item()
     assert (got - want).abs().max().item() <= bound + 1e-300, "largest error above the bound of the reduction length"
+
+
+def rounding_moves(
+    function: Callable[..., Sequence[Tensor | None]], args: Sequence[Tensor | None], dtype: torch.dtype
+) -> list[float]:
+    """By what relative norm each result of ``function`` in float64 moves when every value of ``args`` is rounded.
+
+    The largest of some random roundings: one alone may happen to cancel.
+    """
+    unit, exact = TOLERANCES[dtype].unit, function(*args)
+    largest = [0.0] * len(exact)
+    for _ in range(8):
+        moved = function(*[None if a is None else a * (1 + unit * (2 * torch.rand_like(a) - 1)) for a in args])
+        for i, (a, b) in enumerate(zip(exact, moved, strict=True)):
+            if a is not None and b is not None:
+                largest[i] = max(largest[i], ((a - b).norm() / a.norm().clamp_min(1e-300)).item())
+    return largest
 
 
 def hand_written(

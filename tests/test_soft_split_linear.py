@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import TOLERANCES, assert_close, gradients, hand_written, leaves
+from helpers import TOLERANCES, assert_close, gradients, hand_written, leaves, rounding_moves
 from torch import Tensor
 
 from t2t_fast import ops
@@ -65,8 +65,9 @@ def test_forward_and_gradients(backend: str, case: tuple, tokens: bool, dtype: t
     grad = torch.randn_like(want).to(dtype)
     wanted = reference.backward(grad.double(), *double(tensors), *geometry)
     found = gradients(lambda *t: run(backend, list(t), geometry), tensors, grad)
-    for g, w in zip(found, wanted, strict=True):
-        assert_close(g, w, dtype, max(n, want.shape[0] * want.shape[1]), grad=True)
+    moves = rounding_moves(lambda *t: reference.backward(grad.double(), *t, *geometry), double(tensors), dtype)
+    for g, w, conditioning in zip(found, wanted, moves, strict=True):
+        assert_close(g, w, dtype, max(n, want.shape[0] * want.shape[1]), grad=True, conditioning=conditioning)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -132,7 +133,8 @@ def test_flat_images(name: str, dtype: torch.dtype) -> None:
     exact[0] = exact[0] * (1 + 2**-24 * torch.randn(x.shape, dtype=torch.float64))
     conditioning = (reference.forward(*exact, *geometry) - want).abs().max().item()
     unit, rounding = TOLERANCES[dtype].unit, 2**-24 if dtype != torch.float64 else 2**-53
-    assert error["aten"] <= 8 * unit * want.abs().max().item() + 16 * conditioning * rounding / 2**-24
+    bound = 8 * unit * (1 + 147**0.5) * want.abs().max().item()
+    assert error["aten"] <= bound + 16 * conditioning * rounding / 2**-24
 
 
 def test_variance_of_patches_survives_a_large_mean() -> None:
