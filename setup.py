@@ -12,7 +12,10 @@ def extensions() -> dict[str, Any]:
     """The arguments of `setup` that build `csrc/`; none where it cannot or shall not be built."""
     sources = sorted(str(path) for path in Path("csrc").rglob("*.cpp"))
     compiler = shutil.which(os.environ.get("CXX", "c++"))
-    if not sources or not compiler or os.environ.get("T2T_FAST_NO_EXT") == "1":
+    skip = os.environ.get("T2T_FAST_NO_EXT") or "0"
+    if skip not in ("0", "1"):
+        raise SystemExit(f"T2T_FAST_NO_EXT={skip!r} in the environment; accepted: 0, 1")
+    if not sources or not compiler or skip == "1":
         return {}
     try:
         from torch.utils.cpp_extension import BuildExtension, CppExtension

@@ -41,6 +41,14 @@ def as_pair(name: str, value: int | Sequence[int], minimum: int) -> tuple[int, i
     return pair[0], pair[1]
 
 
+def check_count(name: str, value: object, minimum: int) -> None:
+    """Raise unless ``value`` is an int of at least ``minimum``."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+
+
 def check_probability(name: str, value: float) -> None:
     """Raise unless ``value`` is a dropout rate."""
     if not 0.0 <= value < 1.0:

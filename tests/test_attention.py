@@ -32,6 +32,15 @@ def test_forward_and_gradients(backend: str, heads: int, tokens: int, dim: int, 
         assert_close(g, w, dtype, tokens * dim, grad=True)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_large_scores_in_float16(backend: str) -> None:
+    """Scores beyond float16 before they are scaled."""
+    q, k, v = (60 * torch.randn(3, 1, 1, 16, 64)).half().unbind()
+    want = torch.softmax(q.double() @ k.double().transpose(-2, -1) * 64**-0.5, -1) @ v.double()
+    got = ops.attention(q, k, v, 64**-0.5, backend=backend)
+    assert_close(got, want, torch.float16, 16)
+
+
 def test_gradcheck() -> None:
     inputs = leaves(*torch.randn(3, 1, 2, 4, 3).unbind())
     for backend in BACKENDS:

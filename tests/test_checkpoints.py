@@ -32,6 +32,7 @@ from t2t_fast.models.checkpoints import (
     save_checkpoint,
 )
 from t2t_fast.models.layouts import LAYOUTS, from_official
+from t2t_fast.models.pos_embed import resize_table
 
 SHAPES: dict[str, dict[str, list[int]]] = json.loads(
     (Path(__file__).parent / "golden" / "state_dict_shapes.json").read_text()
@@ -354,6 +355,36 @@ def test_every_layout_loads(tmp_path: Path, layout: str, suffix: str) -> None:
     fitted = timm.create_model("t2t_vit_7", num_classes=3, img_size=(32, 64), in_chans=1, **kwargs).state_dict()
     wanted, _ = adapt_state_dict(source.state_dict(), small(num_classes=3, img_size=(32, 64), in_chans=1))
     assert_same(*({k: v for k, v in weights.items() if not k.startswith("head.")} for weights in (fitted, wanted)))
+
+
+def test_a_square_table_is_resized_to_a_grid_of_as_many_tokens(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    square = small(img_size=64)  # 4 x 4 tokens, as 2 x 8
+    save_checkpoint(square.state_dict(), tmp_path / "square.pth")
+    wide = small(img_size=(32, 128))
+    load_checkpoint(tmp_path / "square.pth", wide)
+    assert "resized pos_embed from 4x4 to 2x8 tokens" in caplog.text
+    want = resize_table(square.pos_embed, (4, 4), (2, 8))
+    assert not torch.equal(want, square.pos_embed)
+    assert torch.equal(wide.pos_embed, want)
+    save_checkpoint(wide.state_dict(), tmp_path / "wide.pth")  # and a wide one stays as it is
+    assert torch.equal(load_checkpoint(tmp_path / "wide.pth", small(img_size=(32, 128)))["pos_embed"], want)
+
+
+def test_models_that_look_alike_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = t2t_fast.create_model("t2t_vit_14_resnext", img_size=32, num_classes=2)
+    save_checkpoint(source.state_dict(), tmp_path / "w.pth")
+    t2t_fast.create_model(checkpoint=tmp_path / "w.pth")
+    assert "taken for t2t_vit_14, but t2t_vit_14_resnext has weights of the very same names" in caplog.text
+
+
+def test_a_head_that_cannot_be_kept_is_missing() -> None:
+    weights = small(num_classes=10).state_dict()
+    with torch.device("meta"):
+        model = small(num_classes=3)
+    with pytest.raises(RuntimeError, match=r"head\.weight"):
+        model.load_state_dict(weights, assign=True)
 
 
 def test_create_model_reads_the_architecture_off_the_weights(tmp_path: Path) -> None:

@@ -62,6 +62,41 @@ def test_dropout_rates(name: str) -> None:
 
 
 @every_family
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_attention_dropout_alone_is_at_work_in_training(name: str, backend: str) -> None:
+    model = small(name, attn_drop_rate=0.5, token_drop_rate=0.0, backend=backend).train()
+    images = seeded_images(2, 32, 32)
+    assert not torch.equal(model(images), model(images))
+    assert torch.equal(model.eval()(images), model(images))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"in_chans": 0}, ValueError, "in_chans must be at least 1, got 0"),
+        ({"in_chans": "3"}, TypeError, "in_chans must be an int, got '3'"),
+        ({"num_classes": -1}, ValueError, "num_classes must be at least 0, got -1"),
+        ({"token_dim": 0}, ValueError, "token_dim must be at least 1, got 0"),
+        ({"depth": 0}, ValueError, "depth must be at least 1, got 0"),
+        ({"drop_path_rate": 1.5}, ValueError, r"drop_path_rate must be in \[0, 1\), got 1.5"),
+    ],
+)
+def test_impossible_arguments_are_named(kwargs: dict[str, object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        t2t_fast.create_model("t2t_vit_7", **kwargs)
+
+
+def test_a_wrong_weight_tag_is_named() -> None:
+    with pytest.raises(ValueError, match=r"'t2t_vit_7\.nonsense' has an unknown weight tag; accepted: t2t_vit_7"):
+        t2t_fast.create_model("t2t_vit_7.nonsense")
+
+
+def test_a_scale_of_zero_is_taken_at_its_word() -> None:
+    scales = [block.attn.scale for block in small("t2t_vit_7", qk_scale=0.0).blocks]
+    assert scales == [0.0] * len(scales)
+
+
+@every_family
 def test_stochastic_depth_is_linear(name: str) -> None:
     model = small(name, depth=5, drop_path_rate=0.4)
     rates = [getattr(block.drop_path, "drop_prob", 0.0) for block in transformer_blocks(model)]

@@ -62,6 +62,38 @@ def test_jit_trace(name: str) -> None:
                 torch.testing.assert_close(graph(images), model(images), rtol=1e-4, atol=1e-5)
 
 
+@every_family
+def test_jit_trace_with_gradients_on(name: str) -> None:
+    model, images = small(name).eval(), seeded_images(2, 32, 32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.testing.assert_close(torch.jit.trace(model, images)(images), model(images), rtol=1e-4, atol=1e-5)
+
+
+@every_family
+def test_function_transforms(name: str) -> None:
+    """torch.func and forward-mode differentiation, which see through plain operations only."""
+    model, images = small(name).eval(), seeded_images(2, 32, 32)
+    want = model(images)
+    torch.testing.assert_close(torch.func.vmap(model)(images[:, None])[:, 0], want, rtol=1e-4, atol=1e-5)
+
+    weights = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+    def loss(weights: dict[str, Tensor], image: Tensor) -> Tensor:
+        return torch.func.functional_call(model, weights, (image[None],)).square().sum()
+
+    per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weights, images)
+    model(images).square().sum().backward()
+    for name_, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(per_sample[name_].sum(0), parameter.grad, rtol=1e-3, atol=1e-4)
+
+    direction = torch.randn_like(images)
+    moved = torch.func.jvp(model, (images,), (direction,))[1]
+    numeric = (model.double()(images.double() + 1e-5 * direction) - model(images.double() - 1e-5 * direction)) / 2e-5
+    assert relative_error(moved, numeric) < 1e-3
+
+
 def test_jit_trace_of_another_size() -> None:
     model, images = small("t2t_vit_7", dynamic_img_size=True).eval(), seeded_images(2, 47, 33)
     with warnings.catch_warnings(), torch.no_grad():

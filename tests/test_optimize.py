@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import timm
 import torch
-from doubles import ImageClassifier, MMPretrainT2TViT, T2T_ViT, randomize
+from doubles import T2T_ViT, randomize
+from doubles_mmpretrain import ImageClassifier, MMPretrainT2TViT
 from timm.layers import DropPath
 from torch import Tensor, nn
 

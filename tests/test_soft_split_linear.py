@@ -137,9 +137,32 @@ def test_flat_images(name: str, dtype: torch.dtype) -> None:
     assert error["aten"] <= bound + 16 * conditioning * rounding / 2**-24
 
 
+@pytest.mark.parametrize("value", [2.2, 255.0, -1e4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", ["aten"])  # the literal form keeps the rounding of its mean
+def test_constant_patches_are_exact(backend: str, dtype: torch.dtype, value: float) -> None:
+    """Their rstd is over 300, and would make a token of what rounding leaves of W_c u."""
+    tensors, geometry = make((3, 24, 24, 7, 4, 0, 24), False, dtype=dtype)
+    tensors[0] = torch.full((2, 3, 24, 24), value, dtype=dtype)
+    constant = run(backend, tensors, geometry)
+    assert_close(constant, reference.forward(*double(tensors), *geometry), dtype, 147)
+    # Beside patches that vary they give the weights no gradient.
+    tensors[0][1] = torch.randn(3, 24, 24)
+    grad = torch.randn(constant.shape, dtype=torch.float64).to(dtype)
+    wanted = reference.backward(grad.double(), *double(tensors), *geometry)[1:]
+    found = gradients(lambda *t: run(backend, [tensors[0], *t], geometry), tensors[1:], grad)
+    moves = rounding_moves(
+        lambda *t: reference.backward(grad.double(), tensors[0].double(), *t, *geometry)[1:],
+        double(tensors[1:]),
+        dtype,
+    )
+    for g, w, conditioning in zip(found, wanted, moves, strict=True):
+        assert_close(g, w, dtype, 147, grad=True, conditioning=conditioning)
+
+
 def test_variance_of_patches_survives_a_large_mean() -> None:
     x = (1000 + 1e-3 * torch.randn(2, 3, 40, 40, dtype=torch.float64)).float()
-    _, rstd = aten.patch_statistics(x, (7, 7), (4, 4), (0, 0), 1e-5)
+    _, rstd, _ = aten.patch_statistics(x, (7, 7), (4, 4), (0, 0), 1e-5)
     windows = F.unfold(x.double(), 7, stride=4).transpose(1, 2)
     want = torch.rsqrt(windows.var(-1, correction=0, keepdim=True) + 1e-5)
     # A float32 mean near 1000 is off by up to 3e-5, which adds (3e-5 / 1e-3)**2 to the variance, relatively.

@@ -14,9 +14,24 @@ from ..numerics import no_autocast
 
 def wants_hand_written_backward(*tensors: Tensor | None) -> bool:
     """Whether gradients will be taken eagerly: compilers and tracers differentiate the plain operations themselves."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or _is_transformed():
         return False
     return any(t is not None and t.requires_grad for t in tensors)
+
+
+def may_overwrite(*factors: Tensor) -> bool:
+    """Whether a fresh result may be multiplied by ``factors`` in place: their gradients need its old value."""
+    return not any(t.requires_grad for t in factors) and (torch.compiler.is_compiling() or not _is_transformed())
+
+
+def _is_transformed() -> bool:
+    """Whether a tracer, torch.func or forward-mode differentiation watches: they need plain operations."""
+    return torch.jit.is_tracing() or torch._C._are_functorch_transforms_active() or forward_mode()
+
+
+def forward_mode() -> bool:
+    """Whether forward-mode derivatives are being taken (``torch.func.jvp``, ``torch.autograd.forward_ad``)."""
+    return torch.autograd.forward_ad._current_level >= 0
 
 
 def backward_by_hand(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..numerics import compute_dtype, ieee_float32, no_autocast, product_dtype
 from ..reference.soft_split import as_image
 from . import soft_split
-from .autograd import backward_by_hand, differentiable_backward, wants_hand_written_backward
+from .autograd import backward_by_hand, differentiable_backward, may_overwrite, wants_hand_written_backward
 
 Pair = tuple[int, int]
 
@@ -46,11 +46,12 @@ def forward(
         centred, offset = _fold_norm(weight.to(dtype), bias, norm_weight.to(dtype), norm_bias)
     if product_dtype(x) in (torch.float16, torch.bfloat16):
         with no_autocast(x):
-            mean, rstd = patch_statistics(image.to(dtype), *geometry, eps)
+            mean, rstd, varied = patch_statistics(image.to(dtype), *geometry, eps)
         y = _convolve(image, centred.to(weight.dtype), None, *geometry)
         # Rows of a rounded W_c no longer sum to zero: take out what a patch's mean leaves behind (flat patches).
         residue = centred.to(y.dtype).to(dtype).sum(dim=1)
-        return _to_tokens((y * rstd - (mean * rstd) * residue[:, None, None] + offset[:, None, None]).to(y.dtype))
+        products = _zero_unless(varied, y - mean * residue[:, None, None], image.requires_grad)
+        return _to_tokens((products * rstd + offset[:, None, None]).to(y.dtype))
     if wants_hand_written_backward(image, centred, offset) and not _convolves_in_tf32(image):
         return _to_tokens(_NormedConvolution.apply(image, centred, offset, *geometry, eps)[0])
     return _to_tokens(_normed_convolution(image, centred, offset, *geometry, eps)[0])
@@ -69,13 +70,23 @@ def _fold_norm(
 
 def _normed_convolution(
     image: Tensor, centred: Tensor, offset: Tensor, kernel_size: Pair, stride: Pair, padding: Pair, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``rstd (W_c u) + offset`` as an image (B, out, h, w), and mean and rstd."""
-    mean, rstd = patch_statistics(image, kernel_size, stride, padding, eps)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``rstd (W_c u) + offset`` as an image (B, out, h, w), and :func:`patch_statistics`."""
+    mean, rstd, varied = patch_statistics(image, kernel_size, stride, padding, eps)
     y = _convolve(image, centred, None, kernel_size, stride, padding)
-    # In place where autograd does not need the factor: these are the largest tensors of the model.
-    y = y * rstd if rstd.requires_grad else y.mul_(rstd)
-    return y.add_(offset[:, None, None]), mean, rstd
+    # In place where possible: these are the largest tensors of the model.
+    y = y.mul_(rstd * varied) if may_overwrite(y, rstd) else _zero_unless(varied, y, image.requires_grad) * rstd
+    return y.add_(offset[:, None, None]), mean, rstd, varied
+
+
+def _zero_unless(varied: Tensor, products: Tensor, keep_gradient: bool) -> Tensor:
+    """W_c u, exactly 0 on constant patches, where it is pure rounding and rstd is largest.
+
+    So are the weights' gradients there. The image's are not: where they are wanted, all gradients stay.
+    """
+    keep_gradient = keep_gradient or torch.jit.is_tracing()  # with and without gradients the graph must be the same
+    zero = products - products.detach() if keep_gradient else products.new_zeros(())
+    return torch.where(varied, products, zero)
 
 
 class _NormedConvolution(torch.autograd.Function):
@@ -87,21 +98,20 @@ class _NormedConvolution(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return _normed_convolution(*args)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        out, mean, rstd = output
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
         ctx.set_materialize_grads(False)  # no zeros for the outputs that backward keeps
-        ctx.mark_non_differentiable(mean, rstd)
-        ctx.save_for_backward(*inputs[:3], out, mean, rstd)
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*inputs[:3], *output)
         ctx.rest = inputs[3:]
 
     @staticmethod
     @backward_by_hand
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        image, centred, offset, out, mean, rstd = ctx.saved_tensors
+        image, centred, offset, out, mean, rstd, varied = ctx.saved_tensors
         kernel_size, stride, padding, _ = ctx.rest
         if torch.is_grad_enabled():
             inputs = (image, centred, offset, *ctx.rest)
@@ -111,7 +121,8 @@ class _NormedConvolution(torch.autograd.Function):
         d_kernel: Any = None
         # Where only the weights want a gradient, in chunks: ``g rstd`` of a few images at a time is enough.
         size = grad.shape[0] if needs_dx or not grad.shape[0] else 4
-        for g, r, x in zip(grad.split(size), rstd.split(size), image.split(size), strict=True):
+        scale = rstd if needs_dx else rstd * varied
+        for g, r, x in zip(grad.split(size), scale.split(size), image.split(size), strict=True):
             dx, part, _ = torch.ops.aten.convolution_backward(
                 g * r, x, _kernel(centred, x, kernel_size), None, stride, padding,
                 (1, 1), False, (0, 0), 1, (needs_dx, needs_dw, False),
@@ -136,8 +147,10 @@ def _cover(maps: Tensor, image: Tensor, kernel_size: Pair, stride: Pair, padding
 
 def patch_statistics(
     image: Tensor, kernel_size: Pair, stride: Pair, padding: Pair, eps: float
-) -> tuple[Tensor, Tensor]:
-    """Mean and 1/sqrt(variance + eps) of every patch, (B, 1, h, w) each, padding zeros counted.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and 1/sqrt(variance + eps) of every patch, and whether it varies at all, (B, 1, h, w) each.
+
+    Zeros of the padding count. A patch is constant if its values deviate by no more than the rounding of its mean.
 
     Over channels, then over window columns, then over window rows, by the law of total variance: the variance of a
     union of equal groups is the mean of their variances plus the variance of their means. No difference of large
@@ -145,7 +158,7 @@ def patch_statistics(
     """
     mean = image.mean(dim=1, keepdim=True)
     deviation = image - mean
-    var = (deviation.square() if deviation.requires_grad else deviation.square_()).mean(dim=1)
+    var = (deviation.square_() if may_overwrite(deviation) else deviation.square()).mean(dim=1)
     mean = mean.squeeze(1)
     if any(padding):
         margins = (padding[1], padding[1], padding[0], padding[0])
@@ -154,7 +167,8 @@ def patch_statistics(
         means = mean.unfold(dim, size, step)
         mean = means.mean(dim=-1)
         var = var.unfold(dim, size, step).mean(dim=-1) + (means - mean.unsqueeze(-1)).square().mean(dim=-1)
-    return mean.unsqueeze(1), torch.rsqrt(var + eps).unsqueeze(1)
+    varied = var > (4 * torch.finfo(mean.dtype).eps * mean).square()
+    return mean.unsqueeze(1), torch.rsqrt(var + eps).unsqueeze(1), varied.unsqueeze(1)
 
 
 def _convolve(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .architecture import FIRST_KERNEL, source_channels, square_side
 from .layouts import CheckpointError
-from .pos_embed import resize_table
+from .pos_embed import resize_table, sinusoid_table
 
 
 class LoudNote(str):
@@ -21,7 +21,8 @@ def adapt_state_dict(state_dict: Mapping[str, Tensor], model: nn.Module) -> tupl
     """Fit weights to a T2T-ViT with another head, image size or number of input channels.
 
     * Head of another number of classes, or none: the model's own is kept; a model without one drops it.
-    * Position table of another square grid: bicubic resize to ``model.grid_size``, class token untouched.
+    * Position table of another square grid: bicubic resize to ``model.grid_size``, class token untouched. A table
+      that was never resized is taken as a square grid's, even where a non-square model has as many tokens.
     * Input channels: the repeat-and-rescale rule of timm, with the first LayerNorm's affine folded into the projection
       so that one channel means exactly the original network on the grey image repeated.
 
@@ -62,15 +63,18 @@ def _adapt_head(adapted: dict[str, Tensor], own: Mapping[str, Tensor], num_class
         return []
     for name in given:
         del adapted[name]
-    adapted.update({name: value.clone() for name, value in kept.items()})
+    # A head without values (on the meta device) cannot be kept: then load_state_dict reports it missing.
+    adapted.update({name: value.clone() for name, value in kept.items() if not value.is_meta})
     return note
 
 
 def _adapt_pos_embed(adapted: dict[str, Tensor], own: Mapping[str, Tensor], grid: tuple[int, int]) -> list[str]:
     table, target = adapted.get("pos_embed"), own.get("pos_embed")
-    if table is None or target is None or table.shape[1] == target.shape[1]:
+    if table is None or target is None:
         return []
     side = square_side(table)
+    if table.shape[1] == target.shape[1] and (side in (None, *grid) or not _is_unresized(table)):
+        return []
     if side is None:
         raise CheckpointError(
             f"pos_embed has {table.shape[1] - 1} tokens, the model {grid[0]}x{grid[1]} = {target.shape[1] - 1}: a "
@@ -78,6 +82,11 @@ def _adapt_pos_embed(adapted: dict[str, Tensor], own: Mapping[str, Tensor], grid
         )
     adapted["pos_embed"] = resize_table(table, (side, side), grid)
     return [LoudNote(f"resized pos_embed from {side}x{side} to {grid[0]}x{grid[1]} tokens")]
+
+
+def _is_unresized(table: Tensor) -> bool:
+    """Whether this is the table that a model starts with, and so that of a square image unless trained on others."""
+    return torch.allclose(table.float().cpu(), sinusoid_table(*table.shape[1:]), atol=1e-2)
 
 
 def _adapt_in_chans(adapted: dict[str, Tensor], in_chans: int) -> list[str]:

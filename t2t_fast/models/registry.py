@@ -17,8 +17,9 @@ from timm.models import (
 )
 from torch import nn
 
-from .architecture import infer_architecture
-from .checkpoints import load_checkpoint, read_checkpoint
+from .adapt import LoudNote
+from .architecture import infer_architecture, lookalikes
+from .checkpoints import load_checkpoint, log_notes, read_checkpoint
 from .layouts import CheckpointError
 from .t2t_vit import T2TViT, adapt_for_loading
 from .t2t_vit_dense import T2TViTDense
@@ -142,6 +143,9 @@ def create_model(
         base = "t" + base[1:] if base[:1] == "T" else base
         if base not in VARIANTS:
             raise ValueError(f"name={name!r} is no T2T-ViT of this package; accepted: {', '.join(VARIANTS)}")
+        if tag and tag not in default_cfgs[base].cfgs:
+            known = ", ".join(f"{base}.{known}" for known in default_cfgs[base].cfgs if known)
+            raise ValueError(f"name={name!r} has an unknown weight tag; accepted: {base}{known and ', '}{known}")
         name = f"{base}.{tag}" if tag else base
     if checkpoint is not None:
         name, kwargs = _read_architecture(name, checkpoint, use_ema, kwargs)
@@ -163,4 +167,7 @@ def _read_architecture(
         if name is None:
             raise
         return name, kwargs  # a custom width or depth: the call describes it
+    if name is None and (others := lookalikes(inferred_name)):
+        same = f"taken for {inferred_name}, but {', '.join(others)} has weights of the very same names and shapes"
+        log_notes([LoudNote(f"{same}: pass the name if it is one")], checkpoint)
     return name or inferred_name, {**inferred, **kwargs}

@@ -12,7 +12,7 @@ from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from ..checks import as_pair
+from ..checks import as_pair, check_count, check_probability
 from ..dispatch import check_backend, resolve_backend, use_backend
 from ..layers import Block, TokensToToken
 from .adapt import adapt_state_dict
@@ -82,6 +82,21 @@ class T2TViT(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
+        for name, count, minimum in (
+            ("in_chans", in_chans, 1),
+            ("num_classes", num_classes, 0),
+            ("embed_dim", embed_dim, 1),
+            ("depth", depth, 1),
+            ("token_dim", token_dim, 1),
+        ):
+            check_count(name, count, minimum)
+        for name, rate in (
+            ("drop_rate", drop_rate),
+            ("attn_drop_rate", attn_drop_rate),
+            ("drop_path_rate", drop_path_rate),
+            ("token_drop_rate", token_drop_rate),
+        ):
+            check_probability(name, rate)
         self.num_classes = num_classes
         self.embed_dim = embed_dim
         self.num_prefix_tokens = 1
@@ -214,7 +229,7 @@ class T2TViT(nn.Module):
         return self.pos_drop(tokens + table)
 
     def _run_block(self, block: nn.Module, x: Tensor) -> Tensor:
-        if self.grad_checkpointing and self.training and not torch.jit.is_scripting():
+        if self.grad_checkpointing and torch.is_grad_enabled() and not torch.jit.is_scripting():
             if torch.compiler.is_compiling():  # one graph, whose backend is chosen now
                 return checkpoint(block, x)
             # Recomputation happens in backward, outside any use_backend block that is in force now.

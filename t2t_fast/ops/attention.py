@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..aten import attention as aten_attention
+from ..aten.autograd import forward_mode
 from ..checks import check_probability, check_shape, check_tensor
 from ..dispatch import Implementation, Op
 from ..reference import attention as reference_attention
 
+
+def _aten_can_run(*args: object) -> str | None:
+    if not torch.compiler.is_compiling() and forward_mode():
+        return "scaled_dot_product_attention has no forward-mode derivative"
+    return None
+
+
 _OP = Op(
     "attention",
     (
-        Implementation("aten", aten_attention.forward),
+        Implementation("aten", aten_attention.forward, _aten_can_run),
         Implementation("reference", reference_attention.forward),
     ),
 )

@@ -5,12 +5,16 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..numerics import compute_dtype, no_autocast, product_dtype
+
 
 def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float) -> Tensor:
-    """``dropout(softmax(scale q kᵀ)) v`` for (B, heads, N, D) each."""
-    attn = (q @ k.transpose(-2, -1)) * scale
-    attn = F.dropout(attn.softmax(dim=-1), dropout_p)
-    return attn @ v
+    """``dropout(softmax(scale q kᵀ)) v`` for (B, heads, N, D) each, computed in float32 or better."""
+    dtype, out_dtype = compute_dtype(q, k, v), product_dtype(v)
+    with no_autocast(q):
+        attn = (q.to(dtype) @ k.to(dtype).transpose(-2, -1)) * scale
+        attn = F.dropout(attn.softmax(dim=-1), dropout_p)
+        return (attn @ v.to(dtype)).to(out_dtype)
 
 
 def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
