@@ -2,6 +2,8 @@
 
 ``T2T_FAST_BACKEND``
     Backend taken where neither the call nor :func:`t2t_fast.use_backend` names one. Read once, at import.
+``TRITON_INTERPRET``
+    Triton's own: ``1`` when the kernels are imported runs them in its interpreter, on the CPU, for tests.
 ``T2T_FAST_NO_EXT``
     ``1`` skips the C++/CUDA extension at build time. Read by ``setup.py`` alone.
 """
@@ -26,3 +28,8 @@ def read_choice(variable: str, choices: tuple[str, ...], default: str) -> str:
 
 
 BACKEND: str = read_choice("T2T_FAST_BACKEND", BACKENDS, default="auto")
+
+
+def triton_is_interpreted() -> bool:
+    """Whether Triton's interpreter is asked for, by any of the words that Triton takes for yes."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -100,6 +101,12 @@ def gradients(function: Callable[..., Tensor], args: Sequence[Any], grad: Tensor
     wanted = [a for a in leaves if isinstance(a, Tensor)]
     found = iter(torch.autograd.grad(function(*leaves), wanted, grad.to(function(*leaves).dtype)))
     return [next(found) if isinstance(a, Tensor) else None for a in leaves]
+
+
+def skip_unless_possible(backend: str, *dtypes: torch.dtype) -> None:
+    """Skip what the interpreter, which stands in for a GPU, cannot do."""
+    if backend == "triton" and torch.bfloat16 in dtypes and not torch.cuda.is_available():
+        pytest.skip("Triton's interpreter multiplies bfloat16 wrongly: needs a GPU")
 
 
 def leaves(*tensors: Tensor | None) -> list[Tensor | None]:

@@ -14,17 +14,17 @@ from ..numerics import no_autocast
 
 def wants_hand_written_backward(*tensors: Tensor | None) -> bool:
     """Whether gradients will be taken eagerly: compilers and tracers differentiate the plain operations themselves."""
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or _is_transformed():
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed():
         return False
     return any(t is not None and t.requires_grad for t in tensors)
 
 
 def may_overwrite(*factors: Tensor) -> bool:
     """Whether a fresh result may be multiplied by ``factors`` in place: their gradients need its old value."""
-    return not any(t.requires_grad for t in factors) and (torch.compiler.is_compiling() or not _is_transformed())
+    return not any(t.requires_grad for t in factors) and (torch.compiler.is_compiling() or not is_transformed())
 
 
-def _is_transformed() -> bool:
+def is_transformed() -> bool:
     """Whether a tracer, torch.func or forward-mode differentiation watches: they need plain operations."""
     return torch.jit.is_tracing() or torch._C._are_functorch_transforms_active() or forward_mode()
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..numerics import compute_dtype, ieee_float32, no_autocast, product_dtype
-from ..reference.soft_split import as_image
+from ..reference.soft_split import as_image, window_grid
 from . import soft_split
 from .autograd import backward_by_hand, differentiable_backward, may_overwrite, wants_hand_written_backward
 
@@ -43,7 +43,7 @@ def forward(
     dtype = compute_dtype(x, weight)
     with no_autocast(x):
         bias, norm_bias = (None if t is None else t.to(dtype) for t in (bias, norm_bias))
-        centred, offset = _fold_norm(weight.to(dtype), bias, norm_weight.to(dtype), norm_bias)
+        centred, offset = fold_norm(weight.to(dtype), bias, norm_weight.to(dtype), norm_bias)
     if product_dtype(x) in (torch.float16, torch.bfloat16):
         with no_autocast(x):
             mean, rstd, varied = patch_statistics(image.to(dtype), *geometry, eps)
@@ -57,7 +57,7 @@ def forward(
     return _to_tokens(_normed_convolution(image, centred, offset, *geometry, eps)[0])
 
 
-def _fold_norm(
+def fold_norm(
     weight: Tensor, bias: Tensor | None, norm_weight: Tensor, norm_bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Centred weights W_c (out, n) and the constant W beta + bias (out,)."""
@@ -189,10 +189,8 @@ def _multiply_patches(
 ) -> Tensor:
     """The convolution as a matrix product over the patches, (B, out, h, w) in channels-last order."""
     tokens = F.linear(soft_split.forward(image, kernel_size, stride, padding, None), weight, bias)
-    height, width = (
-        (n + 2 * p - k) // s + 1 for n, k, s, p in zip(image.shape[2:], kernel_size, stride, padding, strict=True)
-    )
-    return tokens.transpose(1, 2).unflatten(2, (height, width))
+    grid = window_grid(image.shape[2:], kernel_size, stride, padding)
+    return tokens.transpose(1, 2).unflatten(2, grid)
 
 
 def _kernel(weight: Tensor, image: Tensor, kernel_size: Pair) -> Tensor:

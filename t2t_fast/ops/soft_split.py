@@ -10,12 +10,14 @@ from ..aten import soft_split as aten_soft_split
 from ..checks import as_pair, check_tensor
 from ..dispatch import Implementation, Op
 from ..reference import soft_split as reference_soft_split
+from ..triton import soft_split as triton_soft_split
 
 Pair = tuple[int, int]
 
 _OP = Op(
     "soft_split",
     (
+        Implementation("triton", triton_soft_split.forward, triton_soft_split.can_run, triton_soft_split.is_slower),
         Implementation("aten", aten_soft_split.forward),
         Implementation("reference", reference_soft_split.forward),
     ),
@@ -67,8 +69,7 @@ def output_grid(
         as_pair("stride", stride, 1),
         as_pair("padding", padding, 0),
     )
-    height, width = ((n + 2 * p - k) // s + 1 for n, k, s, p in zip(size, kernel, step, pad, strict=True))
-    return height, width
+    return reference_soft_split.window_grid(size, kernel, step, pad)
 
 
 def check_soft_split(

@@ -10,11 +10,18 @@ from ..aten import soft_split_linear as aten_soft_split_linear
 from ..checks import check_shape, check_tensor
 from ..dispatch import Implementation, Op
 from ..reference import soft_split_linear as reference_soft_split_linear
+from ..triton import soft_split_linear as triton_soft_split_linear
 from .soft_split import check_soft_split
 
 _OP = Op(
     "soft_split_linear",
     (
+        Implementation(
+            "triton",
+            triton_soft_split_linear.forward,
+            triton_soft_split_linear.can_run,
+            triton_soft_split_linear.is_slower,
+        ),
         Implementation("aten", aten_soft_split_linear.forward),
         Implementation("reference", reference_soft_split_linear.forward),
     ),

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor
 
 Pair = tuple[int, int]
+
+
+def window_grid(size: Sequence[int], kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Pair:
+    """Rows and columns of windows that fit on an image of ``size`` (H, W)."""
+    height, width = ((n + 2 * p - k) // s + 1 for n, k, s, p in zip(size, kernel_size, stride, padding, strict=True))
+    return height, width
 
 
 def as_image(x: Tensor, grid: Pair | None) -> Tensor:

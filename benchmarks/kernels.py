@@ -1,0 +1,178 @@
+"""The soft splits of a model, kernel by kernel: work, floor, and where there is a GPU the time taken.
+
+    python benchmarks/kernels.py                                    # t2t_vit_14's three splits, batch 128, bfloat16
+    python benchmarks/kernels.py --batch-size 32 --dtype float16 --output benchmarks/results
+
+The floor is the time that the bytes (each read or written once) or the operations take at the GPU's own rates: those of
+a large copy and a large matrix product measured in the same run. Without a GPU the table holds the work alone.
+A row whose result is wrong prints its error in place of a time, and the exit status is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import platform
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from _common import OneLineParser, UsageError, positive_int, result_path, write_json
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+
+from t2t_fast import ops
+from t2t_fast.env import collect_env
+from t2t_fast.kernels import costs
+from t2t_fast.kernels.windows import make_view, make_window
+
+# Channels, side, kernel, stride, padding, out, as tokens, with a LayerNorm.
+SPLITS = {
+    "image to 192": (3, 224, 7, 4, 2, 192, False, True),
+    "tokens to 192": (64, 56, 3, 2, 1, 192, True, True),
+    "tokens to 384": (64, 28, 3, 2, 1, 384, True, False),
+}
+TOLERANCE = {"float16": 4e-3, "bfloat16": 3e-2, "float32": 1e-3}
+
+
+def ceilings(dtype: torch.dtype) -> tuple[float, float]:
+    """Bytes per second of a large copy, and operations per second of a large product."""
+    from triton.testing import do_bench
+
+    source = torch.empty(2**28, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    copy = do_bench(lambda: target.copy_(source), return_mode="median")
+    a, b = (torch.randn(8192, 8192, dtype=dtype, device="cuda") for _ in range(2))
+    product = do_bench(lambda: a @ b, return_mode="median")
+    return 2 * source.numel() / copy * 1e3, 2 * 8192**3 / product * 1e3
+
+
+def make_inputs(split: str, batch: int, dtype: torch.dtype, needs_dx: bool) -> tuple[list[Tensor | None], Any]:
+    """Random tensors of a split on the GPU, and the rest of the arguments."""
+    channels, side, kernel, stride, padding, out, as_tokens, norm = SPLITS[split]
+    n = channels * kernel**2
+    shape = (batch, side**2, channels) if as_tokens else (batch, channels, side, side)
+    options: Any = {"dtype": dtype, "device": "cuda"}
+    x = torch.randn(shape, **options).requires_grad_(needs_dx)
+    weights = [torch.randn(out, n, **options) / n**0.5, torch.randn(out, **options)]
+    norms = [1 + 0.1 * torch.randn(n, **options), 0.1 * torch.randn(n, **options)] if norm else [None, None]
+    leaves = [t if t is None else t.requires_grad_() for t in (*weights, *norms)]
+    return [x, *leaves], ((kernel,) * 2, (stride,) * 2, (padding,) * 2, (side, side) if as_tokens else None)
+
+
+def runners(tensors: list[Tensor | None], geometry: Any) -> dict[str, Callable[[], Tensor]]:
+    """Variant to a function that computes the tokens."""
+
+    def run(backend: str) -> Callable[[], Tensor]:
+        return lambda: ops.soft_split_linear(*tensors, *geometry, backend=backend)  # type: ignore[arg-type]
+
+    compiled = torch.compile(lambda *t: ops.soft_split_linear(*t, *geometry, backend="reference"))
+    return {
+        "reference": run("reference"),
+        "reference, compiled": lambda: compiled(*tensors),
+        "aten": run("aten"),
+        "triton": run("triton"),
+    }
+
+
+def measure(split: str, batch: int, dtype: torch.dtype) -> list[dict[str, Any]]:
+    """Forward, and forward with backward, of every variant; the first split of training needs no image gradient."""
+    from triton.testing import do_bench
+
+    rows = []
+    tensors, geometry = make_inputs(split, batch, dtype, needs_dx=not split.startswith("image"))
+    exact = [None if t is None else t.detach().double() for t in tensors]
+    few = [exact[0][:2], *exact[1:]]  # type: ignore[index]
+    want = ops.soft_split_linear(*few, *geometry, backend="reference")  # type: ignore[arg-type]
+    wanted = [t for t in tensors if t is not None and t.requires_grad]
+    for variant, function in runners(tensors, geometry).items():
+        with torch.no_grad():
+            got = function()
+            error = ((got[:2].double() - want).norm() / want.norm()).item()
+            row: dict[str, Any] = {"split": split, "variant": variant, "error": error}
+            row["passed"] = error < TOLERANCE[str(dtype).removeprefix("torch.")]
+            if row["passed"]:
+                row["forward_s"] = do_bench(function, return_mode="median") / 1e3
+        if row["passed"]:
+            grad = torch.randn_like(got)
+            step = lambda f=function, g=grad: torch.autograd.grad(f(), wanted, g)  # noqa: E731
+            row["training_s"] = do_bench(step, return_mode="median") / 1e3
+        rows.append(row)
+    return rows
+
+
+def work(split: str, batch: int, itemsize: int) -> dict[str, costs.Cost]:
+    """The least that forward, and forward with backward, have to do."""
+    channels, side, kernel, stride, padding, out, _, norm = SPLITS[split]
+    window = make_window(channels, (kernel,) * 2, (stride,) * 2, (padding,) * 2, False)
+    view = make_view(torch.empty(batch, channels, side, side, device="meta"), window)
+    parts = costs.soft_split_linear(batch, window, view, out, itemsize, norm)
+    training = parts["forward, training"] + parts["backward weight"]
+    return {
+        "forward": parts["forward"],
+        "training": training if split.startswith("image") else training + parts["backward input"],
+    }
+
+
+def table_of(result: dict[str, Any]) -> Table:
+    """Work and floor of every split, then each variant's time over the floor."""
+    table = Table("split", "variant", "GFLOP", "MB", "forward", "over floor", "GFLOP", "MB", "training", "over floor")
+    for split, parts in result["work"].items():
+        numbers = [f"{parts[p][key] / scale:.1f}" for p in parts for key, scale in (("flops", 1e9), ("bytes", 1e6))]
+        floor = [f"{parts[p]['floor_s'] * 1e6:.0f} µs" if "floor_s" in parts[p] else "not measured" for p in parts]
+        table.add_row(split, "floor", *numbers[:2], floor[0], "", *numbers[2:], floor[1], "")
+        for row in (row for row in result["rows"] if row["split"] == split):
+            cells = [split, row["variant"]]
+            for part in parts:
+                seconds = row.get(f"{part}_s")
+                cells += ["", "", f"{seconds * 1e6:.0f} µs" if seconds else f"wrong: {row['error']:.1e}"]
+                cells.append(f"{seconds / parts[part]['floor_s']:.2f}" if seconds else "")
+            table.add_row(*cells)
+    return table
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch-size", type=positive_int, default=128, help="images (default: 128)")
+    parser.add_argument("--dtype", choices=TOLERANCE, default="bfloat16", help="default: bfloat16")
+    parser.add_argument("--output", type=Path, help="result file or folder (default: benchmarks/results/local)")
+    args = parser.parse_args(argv)
+    dtype, date = getattr(torch, args.dtype), datetime.datetime.now()
+    on_gpu = torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if on_gpu else platform.processor() or "cpu"
+    try:
+        path = result_path(args.output, f"kernels-{device}", torch.__version__, date)
+        result: dict[str, Any] = {"command": sys.argv, "date": date.isoformat(), "environment": collect_env()}
+        result["work"] = {
+            split: {
+                part: dataclasses.asdict(cost) for part, cost in work(split, args.batch_size, dtype.itemsize).items()
+            }
+            for split in SPLITS
+        }
+        result["rows"] = []
+        if on_gpu:
+            torch.set_float32_matmul_precision("high")
+            rates = result["bytes_per_second"], result["flops_per_second"] = ceilings(dtype)
+            for parts in result["work"].values():
+                for part in parts.values():
+                    part["floor_s"] = costs.Cost(part["flops"], part["bytes"]).floor(*rates)
+            for split in track(SPLITS, "measuring", console=Console(stderr=True)):
+                result["rows"] += measure(split, args.batch_size, dtype)
+        Console(width=160).print(table_of(result))
+        if on_gpu:
+            write_json(path, result)
+            print(f"written to {path}")
+        else:
+            print("no GPU: nothing was measured, nothing was written")
+    except UsageError as error:
+        parser.error(str(error))
+    return 0 if all(row["passed"] for row in result["rows"]) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,203 @@
+"""Compile every Triton kernel this package ships, ahead of time, and tabulate what it takes of the chip.
+
+    python benchmarks/resources.py                    # checks all, rewrites benchmarks/resources.json; no GPU needed
+    python benchmarks/resources.py --arch 90 --kind bfloat16 --dry-run
+
+A kernel that spills registers, or a 16-bit product that misses the tensor cores, makes the exit status 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "0"  # the interpreter compiles nothing
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+import torch
+import triton
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+
+from t2t_fast.kernels import soft_split, soft_split_linear
+from t2t_fast.kernels.launch import Launch
+from t2t_fast.kernels.windows import make_view, make_window
+
+ROOT = Path(__file__).resolve().parents[1]
+TABLE = ROOT / "benchmarks" / "resources.json"
+ARCHS = (80, 89, 90, 100)
+# dtype and torch's float32 matmul precision
+KINDS = {
+    "float16": (torch.float16, "high"),
+    "bfloat16": (torch.bfloat16, "high"),
+    "tf32": (torch.float32, "high"),
+    "float32": (torch.float32, "highest"),
+}
+# The uses in t2t_vit_14 at 224 px: channels, side, kernel, stride, padding, out, as tokens, with a LayerNorm.
+USES = {
+    "image to 192": (3, 224, 7, 4, 2, 192, False, True),
+    "tokens to 192": (64, 56, 3, 2, 1, 192, True, True),
+    "tokens to 384": (64, 28, 3, 2, 1, 384, True, False),
+}
+# Tensor-core instructions in PTX: Ampere and Ada, Hopper, Blackwell.
+TENSOR_CORES = re.compile(r"mma\.sync|wgmma\.mma_async|tcgen05\.mma")
+
+
+class Ahead:
+    """A driver without a GPU: it knows for which chip to compile, and nothing can be launched."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return self.arch  # Triton's caches go by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def shipped_launches(dtype: torch.dtype) -> Iterator[tuple[str, str, Launch, bool]]:
+    """(kernel, use, launch, whether it multiplies matrices) of all that the model launches in ``dtype``."""
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    batch = 8
+    for use, (channels, side, kernel, stride, padding, out, as_tokens, norm) in USES.items():
+        image = empty(batch, channels, side, side)
+        if as_tokens:
+            image = image.contiguous(memory_format=torch.channels_last)
+        window = make_window(channels, (kernel,) * 2, (stride,) * 2, (padding,) * 2, as_tokens)
+        view = make_view(image, window)
+        length = view.grid_h * view.grid_w
+        tokens, offset = empty(batch, length, out), empty(out, dtype=torch.float32)
+        mean, rstd, coefficient = (empty(batch, length, dtype=torch.float32) for _ in range(3))
+        packed = soft_split_linear.pack_weight(empty(out, window.num_features), window, dtype)
+        for name, statistics in (("", None), (" training", (mean, rstd)))[: 1 + norm]:
+            launch = soft_split_linear.forward_launch(
+                image, packed, offset, tokens, statistics, view, window, norm, 1e-5
+            )
+            yield f"soft_split_linear forward{name}", use, launch, True
+        d_weight = empty(4, out, window.num_features, dtype=torch.float32)
+        launch = soft_split_linear.backward_weight_launch(
+            tokens, image, (mean, rstd) if norm else None, d_weight, d_weight[:, :, 0], dtype, view, window
+        )
+        yield "soft_split_linear backward weight", use, launch, True
+        triple = (mean, rstd, coefficient) if norm else None
+        launch = soft_split_linear.backward_input_launch(tokens, packed, image, triple, image, view, window)
+        yield "soft_split_linear backward input", use, launch, True
+        if norm:
+            launch = soft_split_linear.coefficient_launch(
+                tokens, tokens, offset, rstd, coefficient, window.num_features
+            )
+            yield "soft_split_linear coefficient", use, launch, False
+        plain = window._replace(channels_last=False)
+        unfolded = empty(batch, length, window.num_features)
+        yield "soft_split forward", use, soft_split.forward_launch(image, unfolded, view, plain), False
+        yield "soft_split backward", use, soft_split.backward_launch(unfolded, image, view, plain), False
+
+
+def resources(compiled: Any) -> dict[str, Any]:
+    """Registers per thread, bytes of local memory per thread and of shared memory per block, and tensor cores."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        dump = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", dump)}
+    return {
+        "registers": found["REG"],
+        "spilled_bytes": found["STACK"] + found["LOCAL"],
+        "shared_bytes": compiled.metadata.shared,
+        "tensor_cores": sorted(set(TENSOR_CORES.findall(compiled.asm["ptx"]))),
+    }
+
+
+def source_digest() -> str:
+    """Of the kernels and their configurations: the table belongs to these."""
+    files = sorted((ROOT / "kernels").glob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
+
+
+def compile_all(archs: list[int], kinds: list[str]) -> list[dict[str, Any]]:
+    """One row per kernel, use, chip and kind of arithmetic; equal kernels are compiled once."""
+    rows = []
+    work = [(arch, kind) for arch, kind in itertools.product(archs, kinds)]
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task("compiling", total=len(work))
+        for arch, kind in work:
+            dtype, precision = KINDS[kind]
+            torch.set_float32_matmul_precision(precision)
+            triton.runtime.driver.set_active(Ahead(arch))
+            for kernel, use, launch, multiplies in shipped_launches(dtype):
+                row = {"kernel": kernel, "use": use, "arch": arch, "kind": kind, "multiplies": multiplies}
+                row |= {"blocks": dict(launch.config.blocks), "num_warps": launch.config.num_warps}
+                row |= {"num_stages": launch.config.num_stages, "tuned": launch.config.tuned}
+                rows.append(row | resources(launch.compile()))
+            progress.advance(task)
+    return rows
+
+
+def faults(rows: list[dict[str, Any]]) -> list[str]:
+    """What must not ship."""
+    found = []
+    for row in rows:
+        name = f"{row['kernel']}, {row['use']}, {row['arch']}, {row['kind']}"
+        if row["spilled_bytes"]:
+            found.append(f"{name}: {row['spilled_bytes']} bytes per thread in local memory")
+        if row["multiplies"] and row["kind"] != "float32" and not row["tensor_cores"]:
+            found.append(f"{name}: no tensor-core instruction")
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", type=int, nargs="+", choices=ARCHS, default=list(ARCHS), help="default: all")
+    parser.add_argument("--kind", nargs="+", choices=KINDS, default=list(KINDS), help="default: all")
+    parser.add_argument("--dry-run", action="store_true", help="do not write the table; needed for a selection")
+    parser.add_argument("--json", action="store_true", help="print the rows as JSON in place of a table")
+    args = parser.parse_args(argv)
+    if not args.dry_run and (len(args.arch), len(args.kind)) != (len(ARCHS), len(KINDS)):
+        parser.error("a selection of chips or kinds is no whole table: add --dry-run")
+    rows = compile_all(args.arch, args.kind)
+    if args.json:
+        print(json.dumps(rows))
+    else:
+        table = Table("kernel", "use", "chip", "kind", "blocks", "warps", "registers", "spilled", "shared", "products")
+        for row in rows:
+            blocks = " ".join(str(size) for size in row["blocks"].values())
+            numbers = (row["num_warps"], row["registers"], row["spilled_bytes"], row["shared_bytes"])
+            names = (row["kernel"], row["use"], row["arch"], row["kind"], blocks, *numbers)
+            table.add_row(*map(str, names), " ".join(row["tensor_cores"]))
+        Console(width=200).print(table)
+    wrong = faults(rows)
+    for fault in wrong:
+        print(fault, file=sys.stderr)
+    if not args.dry_run and not wrong:
+        content = {"triton": triton.__version__, "kernels": source_digest(), "rows": rows}
+        temporary = TABLE.with_suffix(".tmp")
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+        os.replace(temporary, TABLE)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

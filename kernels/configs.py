@@ -1,0 +1,67 @@
+"""Block sizes, warps and pipeline stages per chip and kind of arithmetic: data, nothing is tuned at run time.
+
+Tables go by compute capability times ten; a chip without a row takes that of the newest older one. No configuration
+here has been measured on a GPU yet: they are the largest that compile without spilling (``benchmarks/resources.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+import triton
+
+from .launch import Config, chip_of, precision
+
+# Kinds of arithmetic: 16-bit operands, TF32, IEEE float32 and float64.
+Table = Mapping[int, Mapping[str, Config]]
+
+
+def _config(num_warps: int, num_stages: int, **blocks: int) -> Config:
+    return Config({f"BLOCK_{name.upper()}": size for name, size in blocks.items()}, num_warps, num_stages)
+
+
+SOFT_SPLIT_LINEAR_FORWARD: Table = {
+    80: {
+        "half": _config(8, 3, tokens=64, features=32, out=256),
+        "tf32": _config(8, 2, tokens=64, features=32, out=128),
+        "float32": _config(8, 1, tokens=64, features=16, out=64),
+        "float64": _config(4, 1, tokens=32, features=16, out=32),
+    },
+}
+SOFT_SPLIT_LINEAR_BACKWARD_WEIGHT: Table = {
+    80: {
+        "half": _config(8, 3, tokens=64, features=64, out=128),
+        "tf32": _config(8, 2, tokens=32, features=64, out=128),
+        "float32": _config(8, 1, tokens=16, features=64, out=64),
+        "float64": _config(4, 1, tokens=16, features=32, out=32),
+    },
+}
+SOFT_SPLIT_LINEAR_BACKWARD_INPUT: Table = {
+    80: {
+        "half": _config(4, 3, pixels=64, channels=64, out=64),
+        "tf32": _config(4, 2, pixels=64, channels=64, out=32),
+        "float32": _config(8, 1, pixels=64, channels=64, out=16),
+        "float64": _config(4, 1, pixels=32, channels=32, out=16),
+    },
+}
+SOFT_SPLIT_LINEAR_COEFFICIENT = _config(4, 1, tokens=32, out=128)
+
+
+def kind(dtype: torch.dtype) -> str:
+    """The kind of arithmetic in which values of ``dtype`` are multiplied now."""
+    if dtype.itemsize == 2:
+        return "half"
+    return "tf32" if precision(dtype) == "tf32" else str(dtype).removeprefix("torch.")
+
+
+def pick(table: Table, device: torch.device, dtype: torch.dtype, **sizes: int) -> Config:
+    """The configuration for the chip behind ``device``; blocks named in ``sizes`` are no larger than those need."""
+    arch = max((a for a in table if a <= chip_of(device).arch), default=min(table))
+    config = table[arch][kind(dtype)]
+    blocks = dict(config.blocks)
+    for name, size in sizes.items():
+        key = f"BLOCK_{name.upper()}"
+        blocks[key] = min(blocks[key], max(16, triton.next_power_of_2(size)))
+    return replace(config, blocks=blocks)

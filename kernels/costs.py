@@ -1,0 +1,46 @@
+"""What each kernel must do at least: floating-point operations, and bytes each read or written once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .windows import View, Window
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Work that no implementation can avoid."""
+
+    flops: int
+    bytes: int
+
+    def floor(self, bytes_per_second: float, flops_per_second: float) -> float:
+        """Seconds that the larger of the two takes on a GPU of these rates."""
+        return max(self.bytes / bytes_per_second, self.flops / flops_per_second)
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.flops + other.flops, self.bytes + other.bytes)
+
+
+def soft_split_linear(batch: int, window: Window, view: View, out: int, itemsize: int, norm: bool) -> dict[str, Cost]:
+    """Forward in inference and in training, and the two halves of backward, by name.
+
+    Args:
+        batch: Images.
+        window: Kernel size, stride, padding and channels.
+        view: Sizes of the image and of the grid of windows.
+        out: Width of the tokens made.
+        itemsize: Bytes per value of image, weight and tokens; sums and statistics take 4.
+        norm: Whether there is a LayerNorm.
+    """
+    num_tokens = batch * view.grid_h * view.grid_w
+    image = batch * window.channels * view.height * view.width * itemsize
+    tokens, weight = num_tokens * out * itemsize, window.num_features * out * itemsize
+    statistics = 2 * 4 * num_tokens if norm else 0
+    flops = 2 * num_tokens * window.num_features * out
+    return {
+        "forward": Cost(flops, image + weight + tokens),
+        "forward, training": Cost(flops, image + weight + tokens + statistics),
+        "backward weight": Cost(flops, image + tokens + statistics + 4 * window.num_features * out),
+        "backward input": Cost(flops, 2 * image + weight + (2 if norm else 1) * tokens + statistics),
+    }

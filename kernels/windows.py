@@ -1,0 +1,96 @@
+"""Where the windows of a soft split lie: what the kernels of both soft splits share.
+
+An image is any tensor that four strides can walk; a token grid (B, H*W, C) is the image (B, C, H, W) of the same
+memory. Windows are numbered as the tokens they become, row by row and image by image; the features of a window in the
+order (c, i, j) of :class:`torch.nn.Unfold`, or (i, j, c) where a kernel wants neighbouring channels together.
+Offsets into tensors are 64-bit, positions within an image and token numbers 32-bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..reference.soft_split import window_grid
+
+
+class Window(NamedTuple):
+    """What a kernel is compiled for."""
+
+    channels: int
+    kernel_h: int
+    kernel_w: int
+    stride_h: int
+    stride_w: int
+    pad_h: int
+    pad_w: int
+    channels_last: bool  # features in the order (i, j, c)
+
+    @property
+    def num_features(self) -> int:
+        return self.channels * self.kernel_h * self.kernel_w
+
+
+class View(NamedTuple):
+    """Sizes and strides of an image (B, C, H, W), and of the grid of windows laid over it."""
+
+    height: int
+    width: int
+    grid_h: int
+    grid_w: int
+    stride_image: int
+    stride_channel: int
+    stride_row: int
+    stride_col: int
+
+
+def make_window(
+    channels: int, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], channels_last: bool
+) -> Window:
+    return Window(channels, *kernel_size, *stride, *padding, channels_last)
+
+
+def make_view(image: Tensor, window: Window) -> View:
+    grid = window_grid(image.shape[2:], window[1:3], window[3:5], window[5:7])
+    return View(*image.shape[2:], *grid, *image.stride())
+
+
+@triton.jit
+def locate_features(features, WINDOW: tl.constexpr):
+    """The channel of each feature, and its row and column within the window."""
+    if WINDOW.channels_last:
+        channel = features % WINDOW.channels
+        tap = features // WINDOW.channels
+    else:
+        channel = features // (WINDOW.kernel_h * WINDOW.kernel_w)
+        tap = features % (WINDOW.kernel_h * WINDOW.kernel_w)
+    return channel, tap // WINDOW.kernel_w, tap % WINDOW.kernel_w
+
+
+@triton.jit
+def load_patches(image_ptr, tokens, features, num_tokens, view, WINDOW: tl.constexpr):
+    """Values (tokens, features) of the windows; zeros in the padding and beyond the last token or feature."""
+    position = tokens % (view.grid_h * view.grid_w)
+    top = (position // view.grid_w) * WINDOW.stride_h - WINDOW.pad_h
+    left = (position % view.grid_w) * WINDOW.stride_w - WINDOW.pad_w
+    image = tokens // (view.grid_h * view.grid_w)
+    channel, i, j = locate_features(features, WINDOW)
+    window_ptrs = (
+        image_ptr
+        + image.to(tl.int64) * view.stride_image
+        + top.to(tl.int64) * view.stride_row
+        + left.to(tl.int64) * view.stride_col
+    )
+    offs_feature = (
+        channel.to(tl.int64) * view.stride_channel + i.to(tl.int64) * view.stride_row + j.to(tl.int64) * view.stride_col
+    )
+    row = top[:, None] + i[None, :]
+    col = left[:, None] + j[None, :]
+    inside = (row >= 0) & (row < view.height) & (col >= 0) & (col < view.width)
+    inside &= (tokens < num_tokens)[:, None]
+    inside &= (features < WINDOW.channels * WINDOW.kernel_h * WINDOW.kernel_w)[None, :]
+    return tl.load(window_ptrs[:, None] + offs_feature[None, :], mask=inside, other=0.0)

@@ -1,0 +1,69 @@
+"""Whether Triton kernels can run on a device, or why not, in words a user can act on."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from ..aten.autograd import is_transformed
+from ..config import triton_is_interpreted
+from ..numerics import ieee_float32, product_dtype
+
+_OLDEST = 80  # compute capability times ten: bfloat16 and asynchronous copies
+
+
+def cannot_run(x: Tensor, *others: Tensor | None) -> str | None:
+    """Why an op on ``x`` cannot run in Triton, ``others`` being its weights; None if it can."""
+    if not torch.compiler.is_compiling() and is_transformed():
+        return "tracing, torch.func and forward-mode derivatives need library operations"
+    if torch.compiler.is_exporting():
+        return "an exported program must run without this package"
+    reason = _device_reason(x.device)
+    if reason is not None:
+        return reason
+    if x.device.type == "cpu" and torch.bfloat16 in (x.dtype, product_dtype(x)):
+        return "Triton's interpreter multiplies bfloat16 wrongly; take float16 or float32"
+    for other in others:
+        if other is None:
+            continue
+        if other.device != x.device:
+            return f"the input is on {x.device}, a weight on {other.device}"
+        if other.dtype != x.dtype and product_dtype(x) == x.dtype:
+            return f"the input is {x.dtype}, a weight {other.dtype}: outside autocast they must agree"
+    return None
+
+
+def slower(x: Tensor) -> str | None:
+    """Why ``auto`` does not take Triton for products of ``x`` although it could."""
+    if x.device.type == "cpu":
+        return "the interpreter is for tests"
+    if product_dtype(x) == torch.float64:
+        return "float64 products are left to the library"
+    if product_dtype(x) == torch.float32 and ieee_float32():
+        return "float32 products without TF32 are left to the library until the kernels are measured there"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _device_reason(device: torch.device) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    if device.type == "cpu":
+        if not triton_is_interpreted():
+            return "the tensor is on the CPU; to test there, set TRITON_INTERPRET=1 before t2t_fast is imported"
+        from ..kernels.launch import is_interpreted
+        from ..kernels.soft_split import _soft_split_forward_kernel
+
+        if not is_interpreted(_soft_split_forward_kernel):
+            return "the tensor is on the CPU, and TRITON_INTERPRET=1 was set after the kernels were imported"
+        return None
+    if device.type != "cuda":
+        return f"there are no Triton kernels for devices of type {device.type!r}"
+    if triton_is_interpreted():
+        return "TRITON_INTERPRET=1 is set: the interpreter runs on the CPU"
+    major, minor = torch.cuda.get_device_capability(device)
+    if torch.version.hip is None and 10 * major + minor < _OLDEST:
+        return f"the GPU has compute capability {major}.{minor}; the kernels need 8.0 or newer"
+    return None

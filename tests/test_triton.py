@@ -1,0 +1,220 @@
+"""What every Triton op promises besides its values: registration, compilation, addresses, memory, refusals in words."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import assert_close
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+import t2t_fast
+from t2t_fast import BackendUnavailable, ops
+from t2t_fast.reference import soft_split_linear as reference
+
+pytestmark = pytest.mark.usefixtures("on_device")
+
+GEOMETRY = ((3, 3), (2, 2), (1, 1))
+TRITON = {"backend": "triton"}
+
+
+def image(*shape: int, requires_grad: bool = True) -> Tensor:
+    return torch.randn(shape, requires_grad=requires_grad)
+
+
+def operators() -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    """Operator name to the operator and arguments to call it with."""
+    x = image(2, 5, 9, 8)
+    tokens, stats = torch.randn(2, 20, 7), torch.rand(2, 20)
+    weight, offset = image(7, 45), image(7)
+    library = torch.ops.t2t_fast
+    f32 = torch.float32
+    return {
+        "soft_split": (library.soft_split, (x, *GEOMETRY)),
+        "soft_split of tokens": (library.soft_split, (image(2, 72, 5).transpose(1, 2).unflatten(2, (9, 8)), *GEOMETRY)),
+        "soft_split_backward": (
+            library.soft_split_backward,
+            (image(2, 20, 45), [2, 5, 9, 8], True, *GEOMETRY),
+        ),
+        "soft_split_linear": (library.soft_split_linear, (x, weight, offset, f32, *GEOMETRY, True, 1e-5, True)),
+        "soft_split_linear without": (
+            library.soft_split_linear,
+            (x, weight, None, f32, *GEOMETRY, False, 1e-5, False),
+        ),
+        "soft_split_linear_backward_weight": (
+            library.soft_split_linear_backward_weight,
+            (tokens, x.detach(), stats, stats, f32, *GEOMETRY, True, True),
+        ),
+        "soft_split_linear_backward_input": (
+            library.soft_split_linear_backward_input,
+            (tokens, x.detach(), weight.detach(), offset.detach(), tokens, stats, stats, f32, *GEOMETRY, True),
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", list(operators()))
+def test_opcheck(name: str) -> None:
+    operator, args = operators()[name]
+    torch.library.opcheck(operator, args)
+
+
+def model_step(backend: str) -> Callable[..., Tensor]:
+    def step(x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+        y = ops.soft_split_linear(x, weight, bias, gamma, beta, 3, 2, 1, backend=backend)
+        return ops.soft_split(y, 3, 2, 1, grid=(8, 9), backend=backend).square().mean()
+
+    return step
+
+
+def test_compiled_whole_and_for_any_batch() -> None:
+    weights = [image(7, 45), image(7), image(45), image(45)]
+    graphs = 0
+
+    def count(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model_step("triton"), backend=count, fullgraph=True, dynamic=True)
+    inductor = torch.compile(model_step("triton"), fullgraph=True, dynamic=True)
+    for batch in (2, 3, 5):
+        x = image(batch, 5, 16, 18)
+        want = torch.autograd.grad(model_step("aten")(x, *weights), (x, *weights))
+        for function in (compiled, inductor):
+            found = torch.autograd.grad(function(x, *weights), (x, *weights))
+            for g, w in zip(found, want, strict=True):
+                torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-6)
+    assert graphs == 1
+
+
+def test_second_derivatives_are_refused_in_words() -> None:
+    x, weight = image(1, 3, 8, 8), image(4, 27)
+    y = ops.soft_split_linear(x, weight, None, None, None, 3, 1, 1, backend="triton")
+    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="has no second derivative; take backend='aten'"):
+        dx.sum().backward()
+
+
+def test_flops_are_counted_as_for_the_literal_form() -> None:
+    def flops(backend: str) -> int:
+        tensors = [image(2, 3, 16, 16), image(8, 27), image(8), image(27), image(27)]
+        with FlopCounterMode(display=False) as counter:
+            ops.soft_split_linear(*tensors, 3, 2, 1, backend=backend).sum().backward()
+        return counter.get_total_flops()
+
+    assert flops("triton") == flops("reference") == 3 * 2 * (2 * 8 * 8) * 27 * 8
+
+
+def test_addresses_beyond_32_bits() -> None:
+    """Image, rows and columns too far apart for a 32-bit offset; only the pages touched exist."""
+    far = 2**31 + 64
+    storage = torch.empty(2 * far + 4096, dtype=torch.float16)
+    near = torch.randn(2, 2, 5, 5, dtype=torch.float16)
+    weight = (torch.randn(8, 18) / 4).half()
+    for strides in ((far, 25, 5, 1), (50, far, 5, 1), (50, 25, far // 4, 1), (50, 25, 1, far // 4)):
+        x = storage.as_strided((2, 2, 5, 5), strides)
+        x.copy_(near)
+        want = ops.soft_split(near, 3, 2, 1, backend="reference")
+        assert torch.equal(ops.soft_split(x, 3, 2, 1, backend="triton"), want)
+        got = ops.soft_split_linear(x, weight, None, None, None, 3, 2, 1, backend="triton")
+        assert_close(got, want.double() @ weight.double().T, torch.float16, 18)
+
+
+def test_no_tensor_as_large_as_the_long_tokens() -> None:
+    channels, side, out = 64, 56, 24
+    x, weight = image(2, side**2, channels), image(out, 9 * channels)
+    weights = [weight, image(out), image(9 * channels), image(9 * channels)]
+    unfolded = 2 * (side // 2) ** 2 * 9 * channels * 4
+    largest = {}
+    for backend in ("triton", "reference"):
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+            y = ops.soft_split_linear(x, *weights, 3, 2, 1, grid=(side, side), backend=backend)
+            y.sum().backward()
+        events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+        largest[backend] = max(event.nbytes() for event in events)
+    assert largest["reference"] >= unfolded  # the measurement sees such a tensor
+    # The image's gradient, the largest that there must be, is less than half of them.
+    assert largest["triton"] == x.numel() * 4 < unfolded / 2
+
+
+def test_statistics_are_kept_only_for_training() -> None:
+    operator, args = operators()["soft_split_linear"]
+    assert [t.shape for t in operator(*args)[1:]] == [(2, 20), (2, 20)]
+    assert [t.numel() for t in operator(*args[:-1], False)[1:]] == [0, 0]
+
+
+def test_the_input_gets_no_gradient_that_nobody_wants() -> None:
+    x, weight = image(2, 3, 12, 12, requires_grad=False), image(8, 27)
+    with FlopCounterMode(display=False) as counter:
+        ops.soft_split_linear(x, weight, None, None, None, 3, 2, 1, backend="triton").sum().backward()
+    counted = {str(name) for name in counter.get_flop_counts()["Global"]}
+    assert counted == {"t2t_fast.soft_split_linear", "t2t_fast.soft_split_linear_backward_weight"}
+
+
+def refusal(code: str, **environment: str) -> str:
+    """What explain says of Triton after ``code`` has defined x and w, in a process of its own."""
+    code = f"""
+import torch, t2t_fast
+from t2t_fast import ops
+{code}
+print(t2t_fast.explain(lambda: ops.soft_split_linear(x, w, None, None, None, 3, 1, 1)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def test_refusals_say_why() -> None:
+    data = "x, w = torch.randn(1, 3, 8, 8), torch.randn(4, 27)"
+    assert "triton: the tensor is on the CPU; to test there, set TRITON_INTERPRET=1" in refusal(data)
+    assert "triton: the interpreter is for tests" in refusal(data, TRITON_INTERPRET="1")
+    hide = "import importlib.util; importlib.util.find_spec = lambda name: None"
+    assert "triton: Triton is not installed (pip install triton)" in refusal(f"{hide}\n{data}")
+    meta = "x, w = torch.empty(1, 3, 8, 8, device='meta'), torch.empty(4, 27, device='meta')"
+    assert "triton: there are no Triton kernels for devices of type 'meta'" in refusal(meta)
+    bf16 = "x, w = torch.randn(1, 3, 8, 8).bfloat16(), torch.randn(4, 27).bfloat16()"
+    assert "triton: Triton's interpreter multiplies bfloat16 wrongly" in refusal(bf16, TRITON_INTERPRET="1")
+
+
+def test_other_dtypes_are_refused() -> None:
+    x, weight = image(1, 3, 8, 8).half(), image(4, 27)
+    with pytest.raises(BackendUnavailable, match=r"the input is torch\.float16, a weight torch\.float32: outside"):
+        ops.soft_split_linear(x, weight, None, None, None, 3, 1, 1, backend="triton")
+
+
+def test_the_model_takes_the_kernels() -> None:
+    model = t2t_fast.create_model("t2t_vit_7", img_size=32, depth=1, num_classes=3).to(torch.empty(0).device)
+    images = torch.randn(2, 3, 32, 32)
+    with t2t_fast.use_backend("reference"):
+        want = model.eval()(images)
+    assert t2t_fast.explain(model, images).backends()["soft_split_linear"] == {"aten"}  # float32, IEEE
+    got = with_triton_splits(model, images)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def with_triton_splits(model: torch.nn.Module, images: Tensor) -> Tensor:
+    """The model with every soft split in Triton, and all else as it comes."""
+    from t2t_fast.layers import token_performer, tokens_to_token
+
+    with pytest.MonkeyPatch.context() as patch:
+        for layer in (token_performer, tokens_to_token):
+            patch.setattr(layer, "soft_split_linear", lambda *a, **k: ops.soft_split_linear(*a, **k | TRITON))
+        return model(images)
+
+
+def test_reference_is_what_the_operator_computes() -> None:
+    operator, (x, weight, offset, *rest) = operators()["soft_split_linear"]
+    centred = weight - weight.mean(1, keepdim=True)
+    tokens, mean, rstd = operator(x, centred, offset, *rest)
+    unit = torch.ones(45)
+    want = reference.forward(x, centred, offset, unit, None, *GEOMETRY, None, 1e-5)
+    torch.testing.assert_close(tokens, want)
+    patches = ops.soft_split(x, *GEOMETRY, backend="reference")
+    torch.testing.assert_close(mean, patches.mean(-1))
+    torch.testing.assert_close(rstd, torch.rsqrt(patches.var(-1, correction=0) + 1e-5))
