@@ -26,6 +26,7 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import torch
 import triton
+from _common import OneLineParser, write_json
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -169,7 +170,7 @@ def faults(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", choices=ARCHS, default=list(ARCHS), help="default: all")
     parser.add_argument("--kind", nargs="+", choices=KINDS, default=list(KINDS), help="default: all")
     parser.add_argument("--dry-run", action="store_true", help="do not write the table; needed for a selection")
@@ -193,9 +194,7 @@ def main(argv: list[str] | None = None) -> int:
         print(fault, file=sys.stderr)
     if not args.dry_run and not wrong:
         content = {"triton": triton.__version__, "kernels": source_digest(), "rows": rows}
-        temporary = TABLE.with_suffix(".tmp")
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(temporary, TABLE)
+        write_json(TABLE, content)
     return 1 if wrong else 0
 
 

@@ -1,7 +1,8 @@
 """Block sizes, warps and pipeline stages per chip and kind of arithmetic: data, nothing is tuned at run time.
 
-Tables go by compute capability times ten; a chip without a row takes that of the newest older one. No configuration
-here has been measured on a GPU yet: they are the largest that compile without spilling (``benchmarks/resources.py``).
+Tables go by compute capability times ten; what a chip's row lacks comes from that of the newest older one. No
+configuration here has been measured on a GPU yet: they are large ones that compile without spilling registers, which
+``benchmarks/resources.py`` checks.
 """
 
 from __future__ import annotations
@@ -26,25 +27,31 @@ SOFT_SPLIT_LINEAR_FORWARD: Table = {
     80: {
         "half": _config(8, 3, tokens=64, features=32, out=256),
         "tf32": _config(8, 2, tokens=64, features=32, out=128),
-        "float32": _config(8, 1, tokens=64, features=16, out=64),
+        "float32": _config(4, 1, tokens=64, features=16, out=64),
         "float64": _config(4, 1, tokens=32, features=16, out=32),
     },
+    100: {"tf32": _config(8, 1, tokens=64, features=32, out=128)},
 }
 SOFT_SPLIT_LINEAR_BACKWARD_WEIGHT: Table = {
     80: {
-        "half": _config(8, 3, tokens=64, features=64, out=128),
+        "half": _config(8, 3, tokens=32, features=64, out=128),
         "tf32": _config(8, 2, tokens=32, features=64, out=128),
         "float32": _config(8, 1, tokens=16, features=64, out=64),
         "float64": _config(4, 1, tokens=16, features=32, out=32),
     },
+    90: {"half": _config(8, 3, tokens=64, features=64, out=128)},
+    100: {"half": _config(4, 2, tokens=64, features=64, out=128)},
 }
 SOFT_SPLIT_LINEAR_BACKWARD_INPUT: Table = {
     80: {
-        "half": _config(4, 3, pixels=64, channels=64, out=64),
-        "tf32": _config(4, 2, pixels=64, channels=64, out=32),
+        "half": _config(4, 2, pixels=64, channels=64, out=64),
+        "tf32": _config(8, 2, pixels=64, channels=64, out=32),
         "float32": _config(8, 1, pixels=64, channels=64, out=16),
         "float64": _config(4, 1, pixels=32, channels=32, out=16),
     },
+    89: {"half": _config(8, 3, pixels=64, channels=64, out=64)},
+    90: {"half": _config(4, 4, pixels=64, channels=64, out=64)},
+    100: {"tf32": _config(8, 1, pixels=64, channels=64, out=32)},
 }
 SOFT_SPLIT_LINEAR_COEFFICIENT = _config(4, 1, tokens=32, out=128)
 
@@ -58,8 +65,9 @@ def kind(dtype: torch.dtype) -> str:
 
 def pick(table: Table, device: torch.device, dtype: torch.dtype, **sizes: int) -> Config:
     """The configuration for the chip behind ``device``; blocks named in ``sizes`` are no larger than those need."""
-    arch = max((a for a in table if a <= chip_of(device).arch), default=min(table))
-    config = table[arch][kind(dtype)]
+    wanted, arch = kind(dtype), chip_of(device).arch
+    rows = [row for a, row in sorted(table.items()) if a <= arch or a == min(table)]
+    config = next(row[wanted] for row in reversed(rows) if wanted in row)
     blocks = dict(config.blocks)
     for name, size in sizes.items():
         key = f"BLOCK_{name.upper()}"

@@ -16,7 +16,7 @@ from .windows import View, Window, load_patches
 
 # Copies: one configuration does for every chip and dtype.
 _FORWARD = Config({"BLOCK_TOKENS": 32, "BLOCK_FEATURES": 64}, num_warps=4, num_stages=1)
-_BACKWARD = Config({"BLOCK_PIXELS": 64, "BLOCK_CHANNELS": 16}, num_warps=4, num_stages=1)
+_BACKWARD = Config({"BLOCK_PIXELS": 64, "BLOCK_CHANNELS": 16}, num_warps=8, num_stages=1)
 
 
 @triton.jit

@@ -1,0 +1,63 @@
+"""The kernels compiled ahead of time: the table in the repository belongs to them, and nothing spills."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import triton
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "benchmarks" / "resources.py"
+TABLE = json.loads((ROOT / "benchmarks" / "resources.json").read_text())
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run([sys.executable, SCRIPT, *arguments], env=environment, capture_output=True, text=True)
+
+
+def key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["kernel"], row["use"], row["arch"], row["kind"]
+
+
+def test_the_table_is_complete_and_clean() -> None:
+    rows = TABLE["rows"]
+    assert {row["arch"] for row in rows} == {80, 89, 90, 100}
+    assert {row["kind"] for row in rows} == {"float16", "bfloat16", "tf32", "float32"}
+    assert len({key(row) for row in rows}) == len(rows) == 19 * 16
+    for row in rows:
+        assert row["spilled_bytes"] == 0, key(row)
+        assert row["registers"] <= 255
+        assert row["shared_bytes"] <= 99 * 1024, key(row)  # what the smallest of these chips gives to a block
+        assert bool(row["tensor_cores"]) == (row["multiplies"] and row["kind"] != "float32"), key(row)
+    hopper = {name for row in rows if row["arch"] == 90 and row["kind"] == "bfloat16" for name in row["tensor_cores"]}
+    assert hopper == {"wgmma.mma_async"}
+
+
+def test_the_table_belongs_to_the_kernels() -> None:
+    code = f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r}); import resources; print(resources.source_digest())"
+    digest = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    assert TABLE["kernels"] == digest, "the kernels have changed: run python benchmarks/resources.py"
+
+
+@pytest.mark.slow
+def test_compiling_again_gives_the_table() -> None:
+    done = run("--arch", "80", "90", "--kind", "bfloat16", "tf32", "--dry-run", "--json")
+    assert done.returncode == 0, done.stderr  # a spill, or a product without tensor cores
+    rows = {key(row): row for row in json.loads(done.stdout)}
+    kept = {key(row): row for row in TABLE["rows"] if key(row) in rows}
+    assert rows.keys() == kept.keys()
+    if TABLE["triton"] == triton.__version__:
+        assert rows == kept
+
+
+def test_a_selection_does_not_replace_the_table() -> None:
+    done = run("--arch", "90")
+    assert done.returncode == 2
+    assert done.stderr.endswith("a selection of chips or kinds is no whole table: add --dry-run\n")
