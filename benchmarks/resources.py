@@ -33,7 +33,7 @@ from rich.table import Table
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from t2t_fast.kernels import soft_split, soft_split_linear
+from t2t_fast.kernels import performer_attention, soft_split, soft_split_linear
 from t2t_fast.kernels.launch import Launch
 from t2t_fast.kernels.windows import make_view, make_window
 
@@ -112,6 +112,29 @@ def shipped_launches(dtype: torch.dtype) -> Iterator[tuple[str, str, Launch, boo
         unfolded = empty(batch, length, window.num_features)
         yield "soft_split forward", use, soft_split.forward_launch(image, unfolded, view, plain), False
         yield "soft_split backward", use, soft_split.backward_launch(unfolded, image, view, plain), False
+    yield from performer_launches(dtype)
+
+
+def performer_launches(dtype: torch.dtype) -> Iterator[tuple[str, str, Launch, bool]]:
+    """As :func:`shipped_launches`, of the Performer's attention over the views of one (B, T, 3E) tensor."""
+    batch, length, dim, features, splits = 8, 3136, 64, 32, 4
+    k, q, v = torch.empty(batch, length, 3 * dim, dtype=dtype, device="meta").chunk(3, dim=-1)
+    y = torch.empty(batch, length, dim, dtype=dtype, device="meta")
+    w = torch.empty(features, dim, dtype=dtype, device="meta")
+
+    def sums(*shape: int) -> tuple[Tensor, Tensor, Tensor]:
+        total = torch.empty(*shape, features, device="meta")
+        return total, total, torch.empty(*shape, features, dim, device="meta")
+
+    parts, whole = sums(batch, splits), sums(batch)
+    use, attention = "3136 tokens", performer_attention
+    yield "performer_attention summary", use, attention.summary_launch(k, v, w, *parts), True
+    yield "performer_attention query", use, attention.query_launch(q, w, *whole, y, 1e-8, splits), True
+    for name, dw in (("", None), (" with dw", parts[2])):
+        launch = attention.backward_query_launch(y, q, w, *whole, y, *parts[1:], dw, 1e-8)
+        yield f"performer_attention backward query{name}", use, launch, True
+        launch = attention.backward_key_launch(k, v, w, *whole, y, y, dw, splits)
+        yield f"performer_attention backward key{name}", use, launch, True
 
 
 def resources(compiled: Any) -> dict[str, Any]:

@@ -53,6 +53,24 @@ SOFT_SPLIT_LINEAR_BACKWARD_INPUT: Table = {
     90: {"half": _config(4, 4, pixels=64, channels=64, out=64)},
     100: {"tf32": _config(8, 1, pixels=64, channels=64, out=32)},
 }
+# The Performer's other blocks are whole: all features, all channels.
+PERFORMER_ATTENTION: Table = {
+    80: {
+        "half": _config(4, 2, tokens=64),
+        "tf32": _config(4, 2, tokens=64),
+        "float32": _config(4, 1, tokens=32),
+        "float64": _config(4, 1, tokens=16),
+    },
+    100: {"tf32": _config(4, 2, tokens=32)},
+}
+PERFORMER_ATTENTION_BACKWARD: Table = {
+    80: {
+        "half": _config(8, 1, tokens=32),
+        "tf32": _config(8, 1, tokens=32),
+        "float32": _config(8, 1, tokens=16),
+        "float64": _config(4, 1, tokens=16),
+    },
+}
 SOFT_SPLIT_LINEAR_COEFFICIENT = _config(4, 1, tokens=32, out=128)
 
 

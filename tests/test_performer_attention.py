@@ -6,13 +6,15 @@ import math
 
 import pytest
 import torch
-from helpers import assert_close, gradients, hand_written, leaves
+from helpers import assert_close, gradients, hand_written, leaves, skip_unless_possible
 from torch import Tensor
 
-from t2t_fast import ops
+from t2t_fast import BackendUnavailable, ops
 from t2t_fast.reference import performer_attention as reference
 
-BACKENDS = ("reference", "aten")
+pytestmark = pytest.mark.usefixtures("on_device", "poisoned")
+
+BACKENDS = ("reference", "aten", "triton")
 
 
 def make(batch: int, tokens: int, dim: int, features: int, std: float = 0.7) -> tuple[Tensor, Tensor]:
@@ -35,6 +37,7 @@ def double_sum(k: Tensor, q: Tensor, v: Tensor, w: Tensor, eps: float) -> Tensor
 @pytest.mark.parametrize(("tokens", "dim", "features"), [(1, 16, 8), (57, 64, 32), (196, 40, 20), (33, 24, 24)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_forward_and_gradients(backend: str, tokens: int, dim: int, features: int, dtype: torch.dtype) -> None:
+    skip_unless_possible(backend, dtype)
     kqv, w = make(2, tokens, dim, features)
     kqv, w = kqv.to(dtype), w.to(dtype)
     k, q, v = kqv.chunk(3, dim=-1)  # views of one tensor, as in the model
@@ -57,7 +60,11 @@ def test_gradcheck(backend: str) -> None:
     inputs = leaves(*kqv.chunk(3, dim=-1), w)
     function = lambda *t: ops.performer_attention(*t, backend=backend)  # noqa: E731
     assert torch.autograd.gradcheck(function, inputs)
-    assert torch.autograd.gradgradcheck(function, inputs)
+    if backend == "triton":
+        with pytest.raises(RuntimeError, match="performer_attention has no second derivative; take backend='aten'"):
+            torch.autograd.gradgradcheck(function, inputs)
+    else:
+        assert torch.autograd.gradgradcheck(function, inputs)
     assert torch.autograd.gradcheck(hand_written(reference.forward, reference.backward, 4), (*inputs, 1e-8))
 
 
@@ -78,15 +85,105 @@ def test_eps_is_added_to_the_unscaled_denominator(backend: str, std: float) -> N
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_autocast_keeps_float32_inside(backend: str, dtype: torch.dtype) -> None:
     """phi reaches e^16 and the denominator 1e-6: both beyond float16, which is where the original makes NaN."""
+    skip_unless_possible(backend, dtype)
     kqv, w = make(1, 64, 64, 32, 1.0)
     kqv = kqv.to(dtype)
     kqv[0, 0, :64] = (w[0] * 0.99).to(dtype)  # a key along w: phi = exp(|w|²/2)
     k, q, v = kqv.chunk(3, dim=-1)
-    with torch.autocast("cpu", dtype=dtype):
+    with torch.autocast(kqv.device.type, dtype=dtype):
         got = ops.performer_attention(k, q, v, w.float(), backend=backend)
     want = double_sum(k.double(), q.double(), v.double(), w.float().double(), 1e-8)
     assert got.dtype == dtype
     assert_close(got, want, dtype, 64)
+
+
+def log_oracle(k: Tensor, q: Tensor, v: Tensor, w: Tensor, eps: float) -> Tensor:
+    """The definition in float64, by logarithms: neither overflows nor loses what float64 would underflow."""
+    exponents = [z @ w.T - z.square().sum(-1, keepdim=True) / 2 for z in (k, q)]
+    log_sum, log_eps = torch.logsumexp(exponents[0], 1, keepdim=True), math.log(eps) + math.log(w.shape[0])
+    log_denominator = torch.logaddexp(
+        torch.logsumexp(exponents[1] + log_sum, 2), torch.tensor(log_eps, dtype=torch.float64)
+    )
+    log_kernel = torch.logsumexp(exponents[1][:, :, None] + exponents[0][:, None], -1)
+    return torch.exp(log_kernel - log_denominator[..., None]) @ v
+
+
+def largest_exponent(k: Tensor, q: Tensor, w: Tensor) -> float:
+    """Of w z and |z|²/2, which are rounded before they are subtracted."""
+    pairs = ((z.double(), z.double() @ w.double().T) for z in (k, q))
+    return max(((z.square().sum(-1) / 2).max() + products.abs().max()).item() for z, products in pairs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("square", [32.0, 200.0])
+@pytest.mark.parametrize("std", [0.1, 1.0, 2.0, 5.0, 20.0])
+def test_any_scale_in_triton(std: float, square: float, dtype: torch.dtype) -> None:
+    """|w|² up to 200 puts phi at e^100, a deviation of 20 puts the denominator at e^-25000: both beyond float32."""
+    skip_unless_possible("triton", dtype)
+    kqv, w = make(2, 70, 64, 32, std)
+    kqv, w = kqv.to(dtype), (w * math.sqrt(square / 32)).double().to(dtype)
+    kqv[:, 3] = torch.cat((w[0], w[0], w[1]))  # a key and a query where phi is largest
+    k, q, v = kqv.chunk(3, dim=-1)
+    want = log_oracle(*(t.double() for t in (k, q, v, w)), 1e-8)
+    got = ops.performer_attention(k, q, v, w, backend="triton").double()
+    assert torch.isfinite(got).all()
+    # Sums of E = 64 terms in float32 round an exponent by sqrt(E) units of its terms at most: that is phi's relative
+    # error, once for keys and once for queries. The output adds the rounding of its dtype, and its smallest number.
+    exponent = largest_exponent(k, q, w)
+    bound = 2 * math.sqrt(64) * 2.0**-24 * exponent + 4 * torch.finfo(dtype).eps
+    smallest = torch.finfo(dtype).smallest_normal
+    assert (got - want).norm() <= bound * want.norm() + smallest * want.numel() ** 0.5
+
+
+@pytest.mark.parametrize("std", [0.1, 2.0, 5.0, 20.0])
+def test_gradients_at_any_scale_in_triton(std: float) -> None:
+    kqv, w = make(1, 40, 32, 16, std)
+    inputs = [t.float() for t in (*kqv.chunk(3, dim=-1), w)]
+    grad = torch.randn(1, 40, 32)
+    exact = [t.double().requires_grad_() for t in inputs]
+    wanted = torch.autograd.grad(log_oracle(*exact, 1e-8), exact, grad.double())
+    found = gradients(lambda *t: ops.performer_attention(*t, backend="triton"), inputs, grad)
+    exponent = largest_exponent(inputs[0], inputs[1], inputs[3])
+    for g, w_ in zip(found, wanted, strict=True):
+        assert torch.isfinite(g).all()
+        assert (g - w_).norm() <= 4 * math.sqrt(32) * 2.0**-24 * exponent * w_.norm() + 1e-30 * grad.norm()
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 15, 16, 17, 63, 65, 4096])
+def test_any_number_of_tokens_in_triton(tokens: int) -> None:
+    kqv, w = make(1 if tokens > 100 else 3, tokens, 16, 8)
+    k, q, v = kqv.float().chunk(3, dim=-1)
+    want = double_sum(*(t.double() for t in (k, q, v, w.float())), 1e-8)
+    assert_close(ops.performer_attention(k, q, v, w.float(), backend="triton"), want, torch.float32, tokens)
+
+
+@pytest.mark.parametrize(("dim", "features"), [(16, 8), (17, 9), (100, 60), (128, 128)])
+def test_any_width_in_triton(dim: int, features: int) -> None:
+    kqv, w = make(2, 20, dim, features, 0.4)
+    inputs = [*kqv.chunk(3, dim=-1), w]
+    want = double_sum(*inputs, 1e-8)
+    assert_close(ops.performer_attention(*inputs, backend="triton"), want, torch.float64, 20 * features)
+    grad = torch.randn_like(want)
+    wanted = reference.backward(grad, *inputs, 1e-8)
+    found = gradients(lambda *t: ops.performer_attention(*t, backend="triton"), inputs, grad)
+    for g, w_ in zip(found, wanted, strict=True):
+        assert_close(g, w_, torch.float64, 20 * features, grad=True)
+
+
+def test_what_is_too_wide_for_triton_is_refused() -> None:
+    k = torch.randn(1, 4, 130)
+    with pytest.raises(BackendUnavailable, match="w is 8 x 130; the kernels take up to 128 features and channels"):
+        ops.performer_attention(k, k, k, torch.randn(8, 130), backend="triton")
+
+
+def test_equal_runs_are_equal_to_the_last_bit_in_triton() -> None:
+    kqv, w = make(2, 200, 32, 16)
+    inputs = [t.float() for t in (*kqv.chunk(3, dim=-1), w)]
+    grad = torch.randn(2, 200, 32)
+    first, second = (
+        gradients(lambda *t: ops.performer_attention(*t, backend="triton"), inputs, grad) for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_bad_input_is_named() -> None:

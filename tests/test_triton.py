@@ -50,6 +50,11 @@ def operators() -> dict[str, tuple[Any, tuple[Any, ...]]]:
             library.soft_split_linear_backward_weight,
             (tokens, x.detach(), stats, stats, f32, *GEOMETRY, True, True),
         ),
+        "performer_attention": (library.performer_attention, (*image(3, 2, 9, 16).unbind(), image(8, 16), 1e-8)),
+        "performer_attention_backward": (
+            library.performer_attention_backward,
+            (*torch.randn(4, 2, 9, 16), torch.randn(8, 16), *torch.rand(2, 2, 8), torch.rand(2, 8, 16), 1e-8, True),
+        ),
         "soft_split_linear_backward_input": (
             library.soft_split_linear_backward_input,
             (tokens, x.detach(), weight.detach(), offset.detach(), tokens, stats, stats, f32, *GEOMETRY, True),
@@ -184,7 +189,7 @@ def test_refusals_say_why() -> None:
 
 def test_other_dtypes_are_refused() -> None:
     x, weight = image(1, 3, 8, 8).half(), image(4, 27)
-    with pytest.raises(BackendUnavailable, match=r"the input is torch\.float16, a weight torch\.float32: outside"):
+    with pytest.raises(BackendUnavailable, match=r"the input is torch\.float16, the weight torch\.float32: outside"):
         ops.soft_split_linear(x, weight, None, None, None, 3, 1, 1, backend="triton")
 
 

@@ -8,10 +8,17 @@ from ..aten import performer_attention as aten_performer_attention
 from ..checks import check_shape, check_tensor
 from ..dispatch import Implementation, Op
 from ..reference import performer_attention as reference_performer_attention
+from ..triton import performer_attention as triton_performer_attention
 
 _OP = Op(
     "performer_attention",
     (
+        Implementation(
+            "triton",
+            triton_performer_attention.forward,
+            triton_performer_attention.can_run,
+            triton_performer_attention.is_slower,
+        ),
         Implementation("aten", aten_performer_attention.forward),
         Implementation("reference", reference_performer_attention.forward),
     ),

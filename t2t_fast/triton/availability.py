@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..aten.autograd import is_transformed
 from ..config import triton_is_interpreted
-from ..numerics import ieee_float32, product_dtype
+from ..numerics import ieee_float32
 
 _OLDEST = 80  # compute capability times ten: bfloat16 and asynchronous copies
 
 
-def cannot_run(x: Tensor, *others: Tensor | None) -> str | None:
-    """Why an op on ``x`` cannot run in Triton, ``others`` being its weights; None if it can."""
+def cannot_run(dtype: torch.dtype, x: Tensor, *others: Tensor | None) -> str | None:
+    """Why an op whose products are in ``dtype`` cannot run on ``x`` and ``others`` in Triton; None if it can."""
     if not torch.compiler.is_compiling() and is_transformed():
         return "tracing, torch.func and forward-mode derivatives need library operations"
     if torch.compiler.is_exporting():
@@ -23,27 +24,34 @@ def cannot_run(x: Tensor, *others: Tensor | None) -> str | None:
     reason = _device_reason(x.device)
     if reason is not None:
         return reason
-    if x.device.type == "cpu" and torch.bfloat16 in (x.dtype, product_dtype(x)):
+    if x.device.type == "cpu" and torch.bfloat16 in (x.dtype, dtype):
         return "Triton's interpreter multiplies bfloat16 wrongly; take float16 or float32"
     for other in others:
-        if other is None:
-            continue
-        if other.device != x.device:
-            return f"the input is on {x.device}, a weight on {other.device}"
-        if other.dtype != x.dtype and product_dtype(x) == x.dtype:
-            return f"the input is {x.dtype}, a weight {other.dtype}: outside autocast they must agree"
+        if other is not None and other.device != x.device:
+            return f"one input is on {x.device}, another on {other.device}"
     return None
 
 
-def slower(x: Tensor) -> str | None:
-    """Why ``auto`` does not take Triton for products of ``x`` although it could."""
+def slower(dtype: torch.dtype, x: Tensor) -> str | None:
+    """Why ``auto`` does not take Triton for products in ``dtype`` although it could."""
     if x.device.type == "cpu":
         return "the interpreter is for tests"
-    if product_dtype(x) == torch.float64:
+    if dtype == torch.float64:
         return "float64 products are left to the library"
-    if product_dtype(x) == torch.float32 and ieee_float32():
+    if dtype == torch.float32 and ieee_float32():
         return "float32 products without TF32 are left to the library until the kernels are measured there"
     return None
+
+
+def no_second_derivative(operator: Any, op: str) -> None:
+    """Make differentiating ``operator``, a backward of ``op``, an error that says what to do."""
+
+    def refuse(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(
+            f"t2t_fast's Triton {op} has no second derivative; take backend='aten' or use_backend('aten')"
+        )
+
+    operator.register_autograd(refuse, setup_context=lambda ctx, inputs, output: None)
 
 
 @torch.compiler.assume_constant_result

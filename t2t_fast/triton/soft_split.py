@@ -23,12 +23,12 @@ def forward(x: Tensor, kernel_size: Pair, stride: Pair, padding: Pair, grid: Pai
 
 def can_run(x: Tensor, *geometry: Any) -> str | None:
     """None, or why not."""
-    return cannot_run(x)
+    return cannot_run(x.dtype, x)
 
 
 def is_slower(x: Tensor, *geometry: Any) -> str | None:
     """None, or why ``auto`` passes it over: a copy is a copy in every dtype, so only in the interpreter."""
-    return slower(x) if x.device.type == "cpu" else None
+    return slower(x.dtype, x) if x.device.type == "cpu" else None
 
 
 @torch.library.custom_op("t2t_fast::soft_split", mutates_args=(), schema=f"(Tensor image, {_GEOMETRY}) -> Tensor")

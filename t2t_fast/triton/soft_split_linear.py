@@ -15,7 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 from ..aten.soft_split_linear import fold_norm
 from ..numerics import compute_dtype, no_autocast, product_dtype
 from ..reference.soft_split import as_image, window_grid
-from .availability import cannot_run, slower
+from .availability import cannot_run, no_second_derivative, slower
 
 Pair = tuple[int, int]
 
@@ -49,12 +49,14 @@ def forward(
 
 def can_run(x: Tensor, weight: Tensor, bias: Tensor | None, norm_weight: Tensor | None, *rest: Any) -> str | None:
     """None, or why not."""
-    return cannot_run(x, weight, bias, norm_weight)
+    if product_dtype(x) == x.dtype != weight.dtype:
+        return f"the input is {x.dtype}, the weight {weight.dtype}: outside autocast they must agree"
+    return cannot_run(product_dtype(x), x, weight, bias, norm_weight)
 
 
 def is_slower(x: Tensor, *rest: Any) -> str | None:
     """None, or why ``auto`` passes it over."""
-    return slower(x)
+    return slower(product_dtype(x), x)
 
 
 @torch.library.custom_op(
@@ -234,19 +236,9 @@ def _differentiate(ctx: Any, grad: Tensor, *unused: Tensor | None) -> tuple[Tens
     return d_image, d_weight, d_offset, *(None,) * 7
 
 
-def _no_second_derivative(ctx: Any, *grads: Tensor) -> Any:
-    raise RuntimeError(
-        "t2t_fast's Triton soft_split_linear has no second derivative; take backend='aten' or use_backend('aten')"
-    )
-
-
-def _keep_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    pass
-
-
 _soft_split_linear.register_autograd(_differentiate, setup_context=_keep)
-_backward_weight.register_autograd(_no_second_derivative, setup_context=_keep_nothing)
-_backward_input.register_autograd(_no_second_derivative, setup_context=_keep_nothing)
+no_second_derivative(_backward_weight, "soft_split_linear")
+no_second_derivative(_backward_input, "soft_split_linear")
 
 
 @register_flop_formula(
