@@ -36,8 +36,8 @@ def test_the_table_is_complete_and_clean() -> None:
         assert row["registers"] <= 255
         assert row["shared_bytes"] <= 99 * 1024, key(row)  # what the smallest of these chips gives to a block
         assert bool(row["tensor_cores"]) == (row["multiplies"] and row["kind"] != "float32"), key(row)
-    hopper = {name for row in rows if row["arch"] == 90 and row["kind"] == "bfloat16" for name in row["tensor_cores"]}
-    assert hopper == {"wgmma.mma_async"}
+        if row["arch"] == 90 and row["tensor_cores"] and row["kernel"].startswith("soft_split"):
+            assert row["tensor_cores"] == ["wgmma.mma_async"]  # the Performer's tiles are too small for it
 
 
 def test_the_table_belongs_to_the_kernels() -> None:

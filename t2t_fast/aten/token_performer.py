@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..numerics import compute_dtype, product_dtype
+from ..reference import token_performer as reference
 from . import performer_attention
 from .autograd import backward_by_hand, differentiable_backward, wants_hand_written_backward
 from .performer_attention import attend_backward, attention_weights
@@ -35,14 +36,10 @@ def forward(
     norm_eps: float,
 ) -> Tensor:
     """(B, T, 3E) to (B, T, E); see :func:`t2t_fast.ops.token_performer`."""
-    if product_dtype(kqv) in (torch.float16, torch.bfloat16) or compute_dtype(kqv, w) != kqv.dtype:
-        k, q, v = kqv.chunk(3, dim=-1)
-        y = F.linear(performer_attention.forward(k, q, v, w, eps), proj_weight, proj_bias)
-        y = v + F.dropout(y, proj_drop)
-        normed = F.layer_norm(y, (y.shape[-1],), norm_weight, norm_bias, norm_eps)
-        hidden = F.gelu(F.linear(normed, fc1_weight, fc1_bias))
-        return y + F.dropout(F.linear(hidden, fc2_weight, fc2_bias), mlp_drop)
     tensors = (kqv, w, proj_weight, proj_bias, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    if product_dtype(kqv) in (torch.float16, torch.bfloat16) or compute_dtype(kqv, w) != kqv.dtype:
+        rates = (proj_drop, mlp_drop, eps, norm_eps)
+        return reference.forward(*tensors, *rates, attention=performer_attention.forward)
     masks = _dropout_mask(kqv, proj_drop), _dropout_mask(kqv, mlp_drop)
     if wants_hand_written_backward(*tensors):
         return _TokenPerformer.apply(*tensors, *masks, eps, norm_eps)[0]

@@ -8,10 +8,17 @@ from ..aten import token_performer as aten_token_performer
 from ..checks import check_probability, check_shape, check_tensor
 from ..dispatch import Implementation, Op
 from ..reference import token_performer as reference_token_performer
+from ..triton import token_performer as triton_token_performer
 
 _OP = Op(
     "token_performer",
     (
+        Implementation(
+            "triton",
+            triton_token_performer.forward,
+            triton_token_performer.can_run,
+            triton_token_performer.is_slower,
+        ),
         Implementation("aten", aten_token_performer.forward),
         Implementation("reference", reference_token_performer.forward),
     ),

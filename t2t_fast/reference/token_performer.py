@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -26,10 +27,11 @@ def forward(
     mlp_drop: float,
     eps: float,
     norm_eps: float,
+    attention: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor] = performer_attention.forward,
 ) -> Tensor:
-    """(B, T, 3E) to (B, T, E)."""
+    """(B, T, 3E) to (B, T, E); other implementations pass their own ``attention``."""
     k, q, v = kqv.chunk(3, dim=-1)
-    y = F.linear(performer_attention.forward(k, q, v, w, eps), proj_weight, proj_bias)
+    y = F.linear(attention(k, q, v, w, eps), proj_weight, proj_bias)
     y = v + F.dropout(y, proj_drop)
     normed = F.layer_norm(y, (y.shape[-1],), norm_weight, norm_bias, norm_eps)
     hidden = F.gelu(F.linear(normed, fc1_weight, fc1_bias))
