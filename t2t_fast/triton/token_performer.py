@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -9,10 +10,7 @@ from torch import Tensor
 from ..reference import token_performer as reference
 from . import performer_attention
 
-
-def forward(*args: Any) -> Tensor:
-    """(B, T, 3E) to (B, T, E); the arguments of :func:`t2t_fast.reference.token_performer.forward`."""
-    return reference.forward(*args, attention=performer_attention.forward)
+forward = partial(reference.forward, attention=performer_attention.forward)
 
 
 def can_run(kqv: Tensor, w: Tensor, *rest: Any) -> str | None:
