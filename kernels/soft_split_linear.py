@@ -148,7 +148,8 @@ def _soft_split_linear_backward_weight_kernel(
         if NORM:
             mean = tl.load(mean_ptr + offs_token, mask=mask_token, other=0.0)
             rstd = tl.load(rstd_ptr + offs_token, mask=mask_token, other=0.0)
-            values = ((patches.to(accumulator) - mean[:, None]) * rstd[:, None]).to(OPERAND)
+            normed = (patches.to(accumulator) - mean[:, None]) * rstd[:, None]
+            values = tl.where((offs_feature < num_features)[None, :], normed, 0.0).to(OPERAND)
         else:
             values = patches.to(OPERAND)
         d_weight = tl.dot(

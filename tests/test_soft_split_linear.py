@@ -96,7 +96,7 @@ def test_optional_arguments(backend: str, norm: bool, bias: bool) -> None:
 @pytest.mark.parametrize("tokens", [False, True])
 @pytest.mark.parametrize("norm", [False, True])
 def test_gradcheck(tokens: bool, norm: bool) -> None:
-    tensors, geometry = make((2, 5, 4, 3, 2, 1, 3), tokens, norm)
+    tensors, geometry = make((2, 3, 4, 3, 2, 1, 3), tokens, norm)
     inputs = leaves(*tensors)
     for backend in BACKENDS:
         assert torch.autograd.gradcheck(lambda *t, b=backend: run(b, list(t), geometry), inputs)
