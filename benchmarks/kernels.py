@@ -65,19 +65,27 @@ def make_inputs(split: str, batch: int, dtype: torch.dtype, needs_dx: bool) -> t
     return [x, *leaves], ((kernel,) * 2, (stride,) * 2, (padding,) * 2, (side, side) if as_tokens else None)
 
 
-def runners(tensors: list[Tensor | None], geometry: Any) -> dict[str, Callable[[], Tensor]]:
-    """Variant to a function that computes the tokens."""
+def runners(geometry: Any) -> dict[str, Callable[..., Tensor]]:
+    """Variant to a function from the tensors of a split to its tokens."""
 
-    def run(backend: str) -> Callable[[], Tensor]:
-        return lambda: ops.soft_split_linear(*tensors, *geometry, backend=backend)  # type: ignore[arg-type]
+    def run(backend: str) -> Callable[..., Tensor]:
+        return lambda *tensors: ops.soft_split_linear(*tensors, *geometry, backend=backend)
 
-    compiled = torch.compile(lambda *t: ops.soft_split_linear(*t, *geometry, backend="reference"))
+    compiled = torch.compile(run("reference"), dynamic=False)
     return {
         "reference": run("reference"),
-        "reference, compiled": lambda: compiled(*tensors),
+        "reference, compiled": compiled,
         "aten": run("aten"),
         "triton": run("triton"),
     }
+
+
+def with_gradients(function: Callable[..., Tensor], tensors: list[Tensor | None]) -> list[Tensor]:
+    """The tokens, and the gradients of every tensor that wants one for a fixed random gradient of the tokens."""
+    tokens = function(*tensors)
+    generator = torch.Generator("cuda").manual_seed(0)
+    grad = torch.randn(tokens.shape, generator=generator, device="cuda").to(tokens.dtype)
+    return [tokens, *torch.autograd.grad(tokens, [t for t in tensors if t is not None and t.requires_grad], grad)]
 
 
 def measure(split: str, batch: int, dtype: torch.dtype) -> list[dict[str, Any]]:
@@ -86,21 +94,18 @@ def measure(split: str, batch: int, dtype: torch.dtype) -> list[dict[str, Any]]:
 
     rows = []
     tensors, geometry = make_inputs(split, batch, dtype, needs_dx=not split.startswith("image"))
-    exact = [None if t is None else t.detach().double() for t in tensors]
-    few = [exact[0][:2], *exact[1:]]  # type: ignore[index]
-    want = ops.soft_split_linear(*few, *geometry, backend="reference")  # type: ignore[arg-type]
-    wanted = [t for t in tensors if t is not None and t.requires_grad]
-    for variant, function in runners(tensors, geometry).items():
-        with torch.no_grad():
-            got = function()
-            error = ((got[:2].double() - want).norm() / want.norm()).item()
-            row: dict[str, Any] = {"split": split, "variant": variant, "error": error}
-            row["passed"] = error < TOLERANCE[str(dtype).removeprefix("torch.")]
-            if row["passed"]:
-                row["forward_s"] = do_bench(function, return_mode="median") / 1e3
+    exact = [None if t is None else t.detach().double().requires_grad_(t.requires_grad) for t in tensors]
+    variants = runners(geometry)
+    want = with_gradients(variants["reference"], exact)
+    for variant, function in variants.items():
+        got = with_gradients(function, tensors)
+        errors = [((g.double() - w).norm() / w.norm()).item() for g, w in zip(got, want, strict=True)]
+        row: dict[str, Any] = {"split": split, "variant": variant, "error": max(errors)}
+        row["passed"] = row["error"] < TOLERANCE[str(dtype).removeprefix("torch.")]  # NaN is not
         if row["passed"]:
-            grad = torch.randn_like(got)
-            step = lambda f=function, g=grad: torch.autograd.grad(f(), wanted, g)  # noqa: E731
+            with torch.no_grad():
+                row["forward_s"] = do_bench(lambda f=function: f(*tensors), return_mode="median") / 1e3
+            step = lambda f=function: with_gradients(f, tensors)  # noqa: E731
             row["training_s"] = do_bench(step, return_mode="median") / 1e3
         rows.append(row)
     return rows

@@ -39,7 +39,7 @@ from t2t_fast.kernels.windows import make_view, make_window
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "benchmarks" / "resources.json"
-ARCHS = (80, 89, 90, 100)
+ARCHS = (80, 89, 90, 100, 120)
 # dtype and torch's float32 matmul precision
 KINDS = {
     "float16": (torch.float16, "high"),

@@ -7,70 +7,88 @@ configuration here has been measured on a GPU yet: they are large ones that comp
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 import triton
 
 from .launch import Config, chip_of, precision
 
-# Kinds of arithmetic: 16-bit operands, TF32, IEEE float32 and float64.
-Table = Mapping[int, Mapping[str, Config]]
+
+@dataclass(frozen=True, eq=False)  # one of a kind: caches go by identity
+class Table:
+    """Compute capability times ten to kind of arithmetic to configuration.
+
+    Kinds are 16-bit operands ("half"), TF32, IEEE float32 and float64.
+    """
+
+    rows: Mapping[int, Mapping[str, Config]]
 
 
 def _config(num_warps: int, num_stages: int, **blocks: int) -> Config:
     return Config({f"BLOCK_{name.upper()}": size for name, size in blocks.items()}, num_warps, num_stages)
 
 
-SOFT_SPLIT_LINEAR_FORWARD: Table = {
-    80: {
-        "half": _config(8, 3, tokens=64, features=32, out=256),
-        "tf32": _config(8, 2, tokens=64, features=32, out=128),
-        "float32": _config(4, 1, tokens=64, features=16, out=64),
-        "float64": _config(4, 1, tokens=32, features=16, out=32),
-    },
-    100: {"tf32": _config(8, 1, tokens=64, features=32, out=128)},
-}
-SOFT_SPLIT_LINEAR_BACKWARD_WEIGHT: Table = {
-    80: {
-        "half": _config(8, 3, tokens=32, features=64, out=128),
-        "tf32": _config(8, 2, tokens=32, features=64, out=128),
-        "float32": _config(8, 1, tokens=16, features=64, out=64),
-        "float64": _config(4, 1, tokens=16, features=32, out=32),
-    },
-    90: {"half": _config(8, 3, tokens=64, features=64, out=128)},
-    100: {"half": _config(4, 2, tokens=64, features=64, out=128)},
-}
-SOFT_SPLIT_LINEAR_BACKWARD_INPUT: Table = {
-    80: {
-        "half": _config(4, 2, pixels=64, channels=64, out=64),
-        "tf32": _config(8, 2, pixels=64, channels=64, out=32),
-        "float32": _config(8, 1, pixels=64, channels=64, out=16),
-        "float64": _config(4, 1, pixels=32, channels=32, out=16),
-    },
-    89: {"half": _config(8, 3, pixels=64, channels=64, out=64)},
-    90: {"half": _config(4, 4, pixels=64, channels=64, out=64)},
-    100: {"tf32": _config(8, 1, pixels=64, channels=64, out=32)},
-}
+SOFT_SPLIT_LINEAR_FORWARD = Table(
+    {
+        80: {
+            "half": _config(8, 3, tokens=64, features=32, out=256),
+            "tf32": _config(8, 2, tokens=64, features=32, out=128),
+            "float32": _config(4, 1, tokens=64, features=16, out=64),
+            "float64": _config(4, 1, tokens=32, features=16, out=32),
+        },
+        100: {"tf32": _config(8, 1, tokens=64, features=32, out=128)},
+    }
+)
+SOFT_SPLIT_LINEAR_BACKWARD_WEIGHT = Table(
+    {
+        80: {
+            "half": _config(8, 3, tokens=32, features=64, out=128),
+            "tf32": _config(8, 2, tokens=32, features=64, out=128),
+            "float32": _config(8, 1, tokens=16, features=64, out=64),
+            "float64": _config(4, 1, tokens=16, features=32, out=32),
+        },
+        90: {"half": _config(8, 3, tokens=64, features=64, out=128)},
+        100: {"half": _config(4, 2, tokens=64, features=64, out=128)},
+        120: {"half": _config(8, 3, tokens=32, features=64, out=128)},
+    }
+)
+SOFT_SPLIT_LINEAR_BACKWARD_INPUT = Table(
+    {
+        80: {
+            "half": _config(8, 2, pixels=64, channels=64, out=64),
+            "tf32": _config(8, 2, pixels=64, channels=64, out=32),
+            "float32": _config(8, 1, pixels=64, channels=64, out=16),
+            "float64": _config(4, 1, pixels=32, channels=32, out=16),
+        },
+        90: {"half": _config(4, 4, pixels=64, channels=64, out=64)},
+        100: {"tf32": _config(8, 1, pixels=64, channels=64, out=32)},
+    }
+)
 # The Performer's other blocks are whole: all features, all channels.
-PERFORMER_ATTENTION: Table = {
-    80: {
-        "half": _config(4, 2, tokens=64),
-        "tf32": _config(4, 2, tokens=64),
-        "float32": _config(4, 1, tokens=32),
-        "float64": _config(4, 1, tokens=16),
-    },
-    100: {"tf32": _config(4, 2, tokens=32)},
-}
-PERFORMER_ATTENTION_BACKWARD: Table = {
-    80: {
-        "half": _config(8, 1, tokens=32),
-        "tf32": _config(8, 1, tokens=32),
-        "float32": _config(8, 1, tokens=16),
-        "float64": _config(4, 1, tokens=16),
-    },
-}
+PERFORMER_ATTENTION = Table(
+    {
+        80: {
+            "half": _config(4, 2, tokens=64),
+            "tf32": _config(4, 2, tokens=64),
+            "float32": _config(4, 1, tokens=32),
+            "float64": _config(4, 1, tokens=16),
+        },
+        100: {"tf32": _config(4, 2, tokens=32)},
+    }
+)
+PERFORMER_ATTENTION_BACKWARD = Table(
+    {
+        80: {
+            "half": _config(8, 1, tokens=32),
+            "tf32": _config(8, 1, tokens=32),
+            "float32": _config(8, 1, tokens=16),
+            "float64": _config(4, 1, tokens=16),
+        },
+    }
+)
 SOFT_SPLIT_LINEAR_COEFFICIENT = _config(4, 1, tokens=32, out=128)
 
 
@@ -83,11 +101,15 @@ def kind(dtype: torch.dtype) -> str:
 
 def pick(table: Table, device: torch.device, dtype: torch.dtype, **sizes: int) -> Config:
     """The configuration for the chip behind ``device``; blocks named in ``sizes`` are no larger than those need."""
-    wanted, arch = kind(dtype), chip_of(device).arch
-    rows = [row for a, row in sorted(table.items()) if a <= arch or a == min(table)]
+    return _pick(table, chip_of(device).arch, kind(dtype), tuple(sizes.items()))
+
+
+@functools.lru_cache(maxsize=1024)
+def _pick(table: Table, arch: int, wanted: str, sizes: tuple[tuple[str, int], ...]) -> Config:
+    rows = [row for a, row in sorted(table.rows.items()) if a <= arch or a == min(table.rows)]
     config = next(row[wanted] for row in reversed(rows) if wanted in row)
     blocks = dict(config.blocks)
-    for name, size in sizes.items():
+    for name, size in sizes:
         key = f"BLOCK_{name.upper()}"
         blocks[key] = min(blocks[key], max(16, triton.next_power_of_2(size)))
     return replace(config, blocks=blocks)

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
+from ..numerics import ieee_float32
+
 
 class Chip(NamedTuple):
     """What configurations depend on: compute capability times ten (0 for the interpreter) and multiprocessors."""
@@ -89,6 +91,4 @@ def is_interpreted(kernel: Any) -> bool:
 
 def precision(dtype: torch.dtype) -> str:
     """How ``tl.dot`` multiplies values of ``dtype``: float32 obeys torch.get_float32_matmul_precision()."""
-    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
-        return "tf32"
-    return "ieee"
+    return "tf32" if dtype == torch.float32 and not ieee_float32() else "ieee"

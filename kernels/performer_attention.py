@@ -35,9 +35,10 @@ class Rows(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Tokens per image and per range, and channels."""
+    """Tokens per image, ranges of tokens and tokens in each, channels, features."""
 
     tokens: int
+    splits: int
     per_split: int
     dim: int
     features: int
@@ -99,7 +100,6 @@ def _performer_attention_summary_kernel(
     k_rows,
     v_rows,
     sizes,
-    SPLITS: tl.constexpr,
     PRECISION: tl.constexpr,
     EXPONENT_PRECISION: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
@@ -108,7 +108,7 @@ def _performer_attention_summary_kernel(
 ):
     """b, S and A of one range of keys, relative to the range's own b."""
     dtype: tl.constexpr = total_ptr.dtype.element_ty
-    image, split = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
+    image, split = tl.program_id(0) // sizes.splits, tl.program_id(0) % sizes.splits
     feature, channel = tl.arange(0, BLOCK_FEATURES), tl.arange(0, BLOCK_DIM)
     w = _load_features(w_ptr, feature, channel, sizes, dtype)
     largest = tl.full((BLOCK_FEATURES,), -1e30, dtype)
@@ -148,7 +148,6 @@ def _performer_attention_query_kernel(
     y_rows,
     sizes,
     EPS: tl.constexpr,
-    SPLITS: tl.constexpr,
     PRECISION: tl.constexpr,
     EXPONENT_PRECISION: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
@@ -156,7 +155,7 @@ def _performer_attention_query_kernel(
     BLOCK_DIM: tl.constexpr,
 ):
     dtype: tl.constexpr = total_ptr.dtype.element_ty
-    image, split = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
+    image, split = tl.program_id(0) // sizes.splits, tl.program_id(0) % sizes.splits
     feature, channel = tl.arange(0, BLOCK_FEATURES), tl.arange(0, BLOCK_DIM)
     mask_feature = feature < sizes.features
     w = _load_features(w_ptr, feature, channel, sizes, dtype)
@@ -192,7 +191,6 @@ def _performer_attention_backward_query_kernel(
     sizes,
     EPS: tl.constexpr,
     NEEDS_DW: tl.constexpr,
-    SPLITS: tl.constexpr,
     PRECISION: tl.constexpr,
     EXPONENT_PRECISION: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
@@ -201,7 +199,7 @@ def _performer_attention_backward_query_kernel(
 ):
     """dq, and of one range of queries what they pass on to S, A and w."""
     dtype: tl.constexpr = total_ptr.dtype.element_ty
-    image, split = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
+    image, split = tl.program_id(0) // sizes.splits, tl.program_id(0) % sizes.splits
     feature, channel = tl.arange(0, BLOCK_FEATURES), tl.arange(0, BLOCK_DIM)
     mask_feature = feature < sizes.features
     w = _load_features(w_ptr, feature, channel, sizes, dtype)
@@ -254,7 +252,6 @@ def _performer_attention_backward_key_kernel(
     dv_rows,
     sizes,
     NEEDS_DW: tl.constexpr,
-    SPLITS: tl.constexpr,
     PRECISION: tl.constexpr,
     EXPONENT_PRECISION: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
@@ -263,7 +260,7 @@ def _performer_attention_backward_key_kernel(
 ):
     """dk and dv, and of one range of keys what they pass on to w."""
     dtype: tl.constexpr = d_total_ptr.dtype.element_ty
-    image, split = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
+    image, split = tl.program_id(0) // sizes.splits, tl.program_id(0) % sizes.splits
     feature, channel = tl.arange(0, BLOCK_FEATURES), tl.arange(0, BLOCK_DIM)
     mask_feature = feature < sizes.features
     w = _load_features(w_ptr, feature, channel, sizes, dtype)
@@ -322,11 +319,11 @@ def _launch(
     batch, tokens, dim = k.shape
     config = _config(table, k, features)
     block = config.blocks["BLOCK_TOKENS"]
-    sizes = Sizes(tokens, triton.cdiv(triton.cdiv(tokens, splits), block) * block, dim, features)
+    sizes = Sizes(tokens, splits, triton.cdiv(triton.cdiv(tokens, splits), block) * block, dim, features)
     # Products of 16-bit values lose nothing in TF32; the exponent's second factor is w, which would.
     dot = "tf32" if k.dtype.itemsize == 2 else precision(k.dtype)
     precisions = {"PRECISION": dot, "EXPONENT_PRECISION": "tf32x3" if dot == "tf32" else dot}
-    return Launch(kernel, (batch * splits,), (*args, sizes), {"SPLITS": splits, **precisions, **constants}, config)
+    return Launch(kernel, (batch * splits,), (*args, sizes), {**precisions, **constants}, config)
 
 
 def summary_launch(k: Tensor, v: Tensor, w: Tensor, largest: Tensor, total: Tensor, summary: Tensor) -> Launch:

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Config, Launch
+from .windows import GROW_WITH_THE_BATCH as _GROW_WITH_THE_BATCH
 from .windows import View, Window, load_patches
 
 # Copies: one configuration does for every chip and dtype.
@@ -19,7 +20,7 @@ _FORWARD = Config({"BLOCK_TOKENS": 32, "BLOCK_FEATURES": 64}, num_warps=4, num_s
 _BACKWARD = Config({"BLOCK_PIXELS": 64, "BLOCK_CHANNELS": 16}, num_warps=8, num_stages=1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_GROW_WITH_THE_BATCH)
 def _soft_split_forward_kernel(
     image_ptr,
     tokens_ptr,
@@ -38,7 +39,7 @@ def _soft_split_forward_kernel(
     tl.store(ptrs, patches.to(tokens_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_GROW_WITH_THE_BATCH)
 def _soft_split_backward_kernel(
     grad_ptr,
     d_image_ptr,

@@ -29,13 +29,14 @@ from torch import Tensor
 
 from . import configs
 from .launch import Launch, chip_of, precision
+from .windows import GROW_WITH_THE_BATCH as _GROW_WITH_THE_BATCH
 from .windows import View, Window, load_patches, make_view
 
 # Values of a window whose mean is its shift.
 _SAMPLES = 16
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_GROW_WITH_THE_BATCH)
 def _soft_split_linear_forward_kernel(
     image_ptr,
     weight_ptr,
@@ -106,7 +107,7 @@ def _soft_split_linear_forward_kernel(
     tl.store(ptrs, products.to(tokens_ptr.dtype.element_ty), mask=mask_token[:, None] & mask_out[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_GROW_WITH_THE_BATCH)
 def _soft_split_linear_backward_weight_kernel(
     grad_ptr,
     image_ptr,
@@ -165,7 +166,7 @@ def _soft_split_linear_backward_weight_kernel(
             tl.store(d_offset_ptr + row, d_offset, mask=mask_out)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_GROW_WITH_THE_BATCH)
 def _soft_split_linear_coefficient_kernel(
     grad_ptr,
     tokens_ptr,
@@ -198,7 +199,7 @@ def _soft_split_linear_coefficient_kernel(
     tl.store(coefficient_ptr + offs_token, along * rstd * rstd / num_features, mask=mask_token)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_GROW_WITH_THE_BATCH)
 def _soft_split_linear_backward_input_kernel(
     grad_ptr,
     weight_ptr,
@@ -221,12 +222,16 @@ def _soft_split_linear_backward_input_kernel(
     BLOCK_CHANNELS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
 ):
-    operand: tl.constexpr = weight_ptr.dtype.element_ty
-    accumulator: tl.constexpr = tl.float64 if operand == tl.float64 else tl.float32
-    class_row = tl.program_id(1) // WINDOW.stride_w
-    class_col = tl.program_id(1) % WINDOW.stride_w
-    offs_pixel = tl.program_id(0) * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
-    channel = tl.program_id(2) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    stored: tl.constexpr = weight_ptr.dtype.element_ty
+    accumulator: tl.constexpr = tl.float64 if stored == tl.float64 else tl.float32
+    # g rstd may lie beyond float16, which has no more digits than TF32.
+    operand: tl.constexpr = tl.float32 if stored == tl.float16 and NORM else stored
+    remainder = tl.program_id(0) % (WINDOW.stride_h * WINDOW.stride_w)
+    class_row = remainder // WINDOW.stride_w
+    class_col = remainder % WINDOW.stride_w
+    tile = tl.program_id(0) // (WINDOW.stride_h * WINDOW.stride_w)
+    offs_pixel = tile * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
+    channel = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     image = offs_pixel // (class_h * class_w)
     row = offs_pixel % (class_h * class_w) // class_w * WINDOW.stride_h + class_row
     col = offs_pixel % class_w * WINDOW.stride_w + class_col
@@ -264,7 +269,9 @@ def _soft_split_linear_backward_input_kernel(
             mask=mask_out[:, None] & mask_channel[None, :],
             other=0.0,
         )
-        d_image = tl.dot(grad.to(operand), weight, d_image, input_precision=PRECISION, out_dtype=accumulator)
+        d_image = tl.dot(
+            grad.to(operand), weight.to(operand), d_image, input_precision=PRECISION, out_dtype=accumulator
+        )
 
     image = image.to(tl.int64)
     row_, col_, channel = row.to(tl.int64), col.to(tl.int64), channel.to(tl.int64)
@@ -298,7 +305,7 @@ def pack_weight(weight: Tensor, window: Window, dtype: torch.dtype) -> Tensor:
     if window.channels_last:
         taps = (window.channels, window.kernel_h, window.kernel_w)
         weight = weight.unflatten(1, taps).permute(0, 2, 3, 1).flatten(1)
-    return F.pad(weight.to(dtype), (0, -window.num_features % 16))
+    return F.pad(weight.to(dtype), (0, -window.num_features % 16)).contiguous()
 
 
 def unpack_weight(packed: Tensor, window: Window) -> Tensor:
@@ -344,11 +351,17 @@ def forward_launch(
 
 
 def num_splits(num_tokens: int, window: Window, out_features: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Into how many token ranges :func:`backward_weight_launch` divides its sum: enough to fill the chip twice."""
+    """Into how many token ranges :func:`backward_weight_launch` divides its sum.
+
+    Enough to fill the chip twice, but no more than half the bytes of the long tokens.
+    """
     blocks = configs.pick(configs.SOFT_SPLIT_LINEAR_BACKWARD_WEIGHT, device, dtype, out=out_features).blocks
+    if num_tokens == 0 or out_features == 0:
+        return 1
     tiles = triton.cdiv(out_features, blocks["BLOCK_OUT"]) * triton.cdiv(window.num_features, blocks["BLOCK_FEATURES"])
     wanted = triton.cdiv(2 * chip_of(device).multiprocessors, tiles)
-    return max(1, min(wanted, triton.cdiv(num_tokens, blocks["BLOCK_TOKENS"])))
+    small = num_tokens * dtype.itemsize // (8 * out_features)  # a partial sum has 4 out n bytes
+    return max(1, min(wanted, small, triton.cdiv(num_tokens, blocks["BLOCK_TOKENS"])))
 
 
 def backward_weight_launch(
@@ -414,12 +427,12 @@ def backward_input_launch(
     class_h, class_w = triton.cdiv(view.height, window.stride_h), triton.cdiv(view.width, window.stride_w)
     num_pixels = image.shape[0] * class_h * class_w
     grid = (
-        triton.cdiv(num_pixels, blocks["BLOCK_PIXELS"]),
-        window.stride_h * window.stride_w,
+        triton.cdiv(num_pixels, blocks["BLOCK_PIXELS"]) * window.stride_h * window.stride_w,
         triton.cdiv(window.channels, blocks["BLOCK_CHANNELS"]),
     )
     statistics_ = statistics or (None, None, None)
     sizes = (num_pixels, class_h, class_w, weight.shape[0], weight.stride(0))
     args = (grad, weight, image, *statistics_, d_image, *sizes, view, make_view(d_image, window))
-    constants = {"WINDOW": window, "NORM": statistics is not None, "PRECISION": precision(weight.dtype)}
+    products = "tf32" if weight.dtype == torch.float16 else precision(weight.dtype)
+    constants = {"WINDOW": window, "NORM": statistics is not None, "PRECISION": products}
     return Launch(_soft_split_linear_backward_input_kernel, grid, args, constants, config)

@@ -17,6 +17,9 @@ from torch import Tensor
 
 from ..reference.soft_split import window_grid
 
+# Sizes that change with the batch: the kernels are compiled once for all of them.
+GROW_WITH_THE_BATCH = ("num_tokens", "num_pixels")
+
 
 class Window(NamedTuple):
     """What a kernel is compiled for."""
@@ -56,6 +59,8 @@ def make_window(
 
 def make_view(image: Tensor, window: Window) -> View:
     grid = window_grid(image.shape[2:], window[1:3], window[3:5], window[5:7])
+    if image.shape[0] * max(image.shape[2] * image.shape[3], grid[0] * grid[1]) > 2**31 - 2**16:
+        raise ValueError(f"a batch of {tuple(image.shape)} has more than 2**31 pixels or tokens; split it")
     return View(*image.shape[2:], *grid, *image.stride())
 
 

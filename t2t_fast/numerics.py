@@ -17,20 +17,28 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
 def product_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which a matrix product of ``x`` runs: autocast's where it is on, else that of ``x``."""
     device_type = x.device.type
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+    if _has_autocast(device_type) and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type) if x.dtype != torch.float64 else x.dtype
     return x.dtype
 
 
 @torch.compiler.assume_constant_result
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
+
+
+@torch.compiler.assume_constant_result
 def ieee_float32() -> bool:
     """Whether float32 products must be IEEE float32; a compiled function keeps the answer it was compiled with."""
-    return torch.get_float32_matmul_precision() == "highest"
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # set through torch.backends' newer switches, after which the older one refuses to answer
+        return torch.backends.cuda.matmul.fp32_precision != "tf32"
 
 
 def no_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     """A context in which autocast leaves the dtypes of operations on ``x``'s device alone."""
     device_type = x.device.type
-    if not torch.amp.is_autocast_available(device_type):  # meta, for one
+    if not _has_autocast(device_type):  # meta, for one
         return contextlib.nullcontext()
     return torch.autocast(device_type=device_type, enabled=False)

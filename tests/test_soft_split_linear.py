@@ -151,6 +151,18 @@ def test_any_memory_format_in_triton() -> None:
         torch.testing.assert_close(run("triton", [view, *weights], geometry), want, msg=name)
         (found,) = gradients(lambda image: run("triton", [image, *weights], geometry), [view], grad)
         torch.testing.assert_close(found, wanted, msg=name)
+    weight, bias, gamma, beta = weights
+    strided = [weight.t().contiguous().t(), torch.stack((bias, bias), 1)[:, 0], gamma.flip(0).flip(0), beta]
+    for name, tensors in {"weights": strided, "one bias": [weight, bias[:1].expand(7), gamma, None]}.items():
+        plain = [None if t is None else t.contiguous() for t in tensors]
+        torch.testing.assert_close(
+            run("triton", [x, *tensors], geometry), reference.forward(x, *plain, *geometry), msg=name
+        )
+    aligned = torch.randn(16, 8, dtype=x.dtype).t()  # rows of 16 values, which need no padding
+    image = torch.randn(2, 4, 6, 6, dtype=x.dtype)
+    got = ops.soft_split_linear(image, aligned, bias[:1].expand(8), None, None, 2, 2, 0, backend="triton")
+    want_ = ops.soft_split_linear(image, aligned, bias[:1].expand(8), None, None, 2, 2, 0, backend="reference")
+    torch.testing.assert_close(got, want_)
     expanded = x[:1, :1].expand(3, 5, 9, 12)
     got = run("triton", [expanded, *weights], geometry)
     torch.testing.assert_close(got, reference.forward(expanded, *weights, *geometry))
@@ -167,6 +179,34 @@ def test_large_mean_and_small_deviation_in_triton() -> None:
     assert_close(run("triton", tensors, geometry), want, torch.float32, 147)
     rounding = 2**-53 * 1000 / 1e-3  # of the input itself
     assert_close(run("triton", double(tensors), geometry), want, torch.float64, 147, conditioning=rounding)
+
+
+def test_float16_where_factors_leave_its_range_in_triton() -> None:
+    """rstd of 100 on gradients of 1000, as a loss scale makes them; values 100,000 away from a window's others."""
+    tensors, geometry = make((8, 10, 10, 3, 2, 1, 8), False, dtype=torch.float16)
+    tensors[0], tensors[1] = 1e-2 * tensors[0], tensors[1] / 16
+    want = reference.forward(*double(tensors), *geometry)
+    grad = (1000 * torch.randn(want.shape)).half()
+    wanted = reference.backward(grad.double(), *double(tensors), *geometry)
+    assert 1e3 < wanted[0].abs().max() < 6e4
+    found = gradients(lambda *t: run("triton", list(t), geometry), tensors, grad)
+    assert_close(found[0], wanted[0], torch.float16, 72, grad=True)
+    tensors[0] = torch.where(torch.rand(tensors[0].shape) < 0.5, 6e4, -6e4).half()
+    want = reference.forward(*double(tensors), *geometry)
+    assert_close(run("triton", tensors, geometry), want, torch.float16, 72)
+
+
+@pytest.mark.parametrize("name", ["constant", "nearly constant", "one hot pixel", "two flat halves"])
+def test_gradients_on_flat_images_in_triton(name: str) -> None:
+    (_, *weights), geometry = make((3, 48, 48, 7, 4, 2, 24), False, dtype=torch.float32)
+    x = flat_images()[name].float()
+    exact = double([x, *weights])
+    grad = torch.randn(1, 12 * 12, 24)
+    wanted = reference.backward(grad.double(), *exact, *geometry)
+    found = gradients(lambda *t: run("triton", list(t), geometry), [x, *weights], grad)
+    moves = rounding_moves(lambda *t: reference.backward(grad.double(), *t, *geometry), exact, torch.float32)
+    for g, w, conditioning in zip(found, wanted, moves, strict=True):
+        assert_close(g, w, torch.float32, 147, grad=True, conditioning=conditioning)
 
 
 def flat_images() -> dict[str, Tensor]:

@@ -98,6 +98,71 @@ def test_compiled_whole_and_for_any_batch() -> None:
     assert graphs == 1
 
 
+def test_compiled_forward_mode_is_left_to_the_library() -> None:
+    x, tangent = image(1, 3, 8, 8, requires_grad=False), image(1, 3, 8, 8, requires_grad=False)
+    weight = torch.randn(4, 27)
+
+    def derivative(x: Tensor, tangent: Tensor) -> Tensor:
+        def function(x: Tensor) -> Tensor:
+            return ops.soft_split_linear(x, weight, None, None, None, 3, 1, 1, **TRITON)
+
+        return torch.func.jvp(function, (x,), (tangent,))[1]
+
+    with pytest.raises(BackendUnavailable, match=r"torch\.func and forward-mode derivatives need library operations"):
+        derivative(x, tangent)
+    torch._dynamo.reset()
+    with pytest.raises((BackendUnavailable, torch._dynamo.exc.TorchDynamoException), match="forward-mode"):
+        torch.compile(derivative, backend="eager", fullgraph=True)(x, tangent)
+
+
+def test_float32_products_obey_the_switch() -> None:
+    from t2t_fast.kernels.launch import precision
+
+    before = torch.get_float32_matmul_precision()
+    try:
+        for setting, wanted in (("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")):
+            torch.set_float32_matmul_precision(setting)
+            assert precision(torch.float32) == wanted
+            assert precision(torch.float64) == precision(torch.float16) == "ieee"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_partial_sums_fill_a_gpu_but_never_outgrow_the_long_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    from t2t_fast.kernels import launch, soft_split_linear
+    from t2t_fast.kernels.windows import make_window
+
+    monkeypatch.setattr(launch, "_chip_of", lambda device: launch.Chip(90, 132))
+    window = make_window(64, (3, 3), (2, 2), (1, 1), True)
+    for num_tokens in (0, 1, 196, 784, 8 * 196, 128 * 784):
+        splits = soft_split_linear.num_splits(num_tokens, window, 384, torch.bfloat16, torch.device("cuda"))
+        assert 1 <= splits <= max(1, num_tokens * 2 // (8 * 384))
+    assert splits > 4
+
+
+@pytest.mark.gpu
+def test_captured_in_a_cuda_graph() -> None:
+    x, weight = image(2, 3, 32, 32), image(24, 147)
+
+    def step() -> tuple[Tensor, ...]:
+        tokens = ops.soft_split_linear(x, weight, None, torch.ones(147), None, 7, 4, 2, **TRITON)
+        y = ops.performer_attention(*tokens.chunk(3, -1), torch.ones(4, 8), **TRITON)
+        return torch.autograd.grad(y.sum(), (x, weight))
+
+    step()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        x.normal_()
+    graph.replay()
+    for got, want in zip(captured, step(), strict=True):
+        assert torch.equal(got, want)
+
+
 def test_second_derivatives_are_refused_in_words() -> None:
     x, weight = image(1, 3, 8, 8), image(4, 27)
     y = ops.soft_split_linear(x, weight, None, None, None, 3, 1, 1, backend="triton")

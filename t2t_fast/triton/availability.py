@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from typing import Any
 
@@ -17,7 +18,7 @@ _OLDEST = 80  # compute capability times ten: bfloat16 and asynchronous copies
 
 def cannot_run(dtype: torch.dtype, x: Tensor, *others: Tensor | None) -> str | None:
     """Why an op whose products are in ``dtype`` cannot run on ``x`` and ``others`` in Triton; None if it can."""
-    if not torch.compiler.is_compiling() and is_transformed():
+    if is_transformed():
         return "tracing, torch.func and forward-mode derivatives need library operations"
     if torch.compiler.is_exporting():
         return "an exported program must run without this package"
@@ -54,9 +55,14 @@ def no_second_derivative(operator: Any, op: str) -> None:
     operator.register_autograd(refuse, setup_context=lambda ctx, inputs, output: None)
 
 
+@functools.cache
+def _triton_is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 @torch.compiler.assume_constant_result
 def _device_reason(device: torch.device) -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    if not _triton_is_installed():
         return "Triton is not installed (pip install triton)"
     if device.type == "cpu":
         if not triton_is_interpreted():
@@ -69,9 +75,14 @@ def _device_reason(device: torch.device) -> str | None:
         return None
     if device.type != "cuda":
         return f"there are no Triton kernels for devices of type {device.type!r}"
+    if torch.version.hip is not None:
+        return "the kernels' configurations are for NVIDIA GPUs, and this torch is built for ROCm"
     if triton_is_interpreted():
         return "TRITON_INTERPRET=1 is set: the interpreter runs on the CPU"
-    major, minor = torch.cuda.get_device_capability(device)
-    if torch.version.hip is None and 10 * major + minor < _OLDEST:
+    try:
+        major, minor = torch.cuda.get_device_capability(device)
+    except (RuntimeError, AssertionError) as error:  # a fake tensor on a machine without a GPU
+        return f"CUDA does not answer: {error}"
+    if 10 * major + minor < _OLDEST:
         return f"the GPU has compute capability {major}.{minor}; the kernels need 8.0 or newer"
     return None

@@ -47,11 +47,18 @@ def forward(
         return _soft_split_linear(*tensors, dtype, kernel_size, stride, padding, norm, eps, differentiate)[0]
 
 
-def can_run(x: Tensor, weight: Tensor, bias: Tensor | None, norm_weight: Tensor | None, *rest: Any) -> str | None:
+def can_run(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    *geometry: Any,
+) -> str | None:
     """None, or why not."""
     if product_dtype(x) == x.dtype != weight.dtype:
         return f"the input is {x.dtype}, the weight {weight.dtype}: outside autocast they must agree"
-    return cannot_run(product_dtype(x), x, weight, bias, norm_weight)
+    return cannot_run(product_dtype(x), x, weight, bias, norm_weight, norm_bias)
 
 
 def is_slower(x: Tensor, *rest: Any) -> str | None:
@@ -85,7 +92,7 @@ def _soft_split_linear(
     kernels.forward_launch(
         image,
         kernels.pack_weight(weight, window, dtype),
-        offset,
+        None if offset is None else offset.contiguous(),
         tokens,
         (statistics[0], statistics[1]) if norm and differentiate else None,
         view,
@@ -159,6 +166,7 @@ def _backward_input(
     statistics = None
     if norm:
         statistics = (mean, rstd, torch.empty_like(rstd))
+        offset = None if offset is None else offset.contiguous()
         kernels.coefficient_launch(grad, tokens, offset, *statistics[1:], window.num_features).run(device)
     kernels.backward_input_launch(grad, packed, image, statistics, d_image, view, window).run(device)
     return d_image
