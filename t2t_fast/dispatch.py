@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.torch_version import TorchVersion
 
 from .config import BACKEND, BACKENDS
 
@@ -88,6 +89,9 @@ class Explanation:
         return "\n".join(lines)
 
 
+# Whether torch.compile reads a ContextVar, and compiles again when it has changed.
+_COMPILER_READS_CONTEXTS = TorchVersion(torch.__version__) >= "2.15"
+
 _requested: ContextVar[str | None] = ContextVar("t2t_fast_backend", default=None)
 _explanation: ContextVar[Explanation | None] = ContextVar("t2t_fast_explanation", default=None)
 
@@ -107,6 +111,13 @@ def resolve_backend(backend: str = "auto") -> str:
     """The backend in force for a call that says ``backend``: its own word, the context's, or the environment's."""
     if check_backend(backend) != "auto":
         return backend
+    if torch.compiler.is_compiling() and not _COMPILER_READS_CONTEXTS:
+        return _requested_while_tracing()
+    return _requested.get() or BACKEND
+
+
+@torch.compiler.assume_constant_result
+def _requested_while_tracing() -> str:
     return _requested.get() or BACKEND
 
 
@@ -115,6 +126,7 @@ def use_backend(backend: str) -> Iterator[None]:
     """Take ``backend`` for every op called in this ``with`` block that does not name its own.
 
     Nestable; each thread and each asyncio task has its own. ``"auto"`` lifts an outer choice for the inner block.
+    A compiled function follows too, but before torch 2.15 it keeps the choice that it was compiled under.
 
     Raises:
         ValueError: ``backend`` is no backend's name.
@@ -136,7 +148,7 @@ class Op:
     def __call__(self, backend: str, *args: Any) -> Any:
         """Run the implementation that ``backend`` and the context ask for on ``args``."""
         chosen, reasons = self._choose(resolve_backend(backend), args)
-        explanation = _explanation.get()
+        explanation = None if torch.compiler.is_compiling() else _explanation.get()
         if explanation is not None:
             explanation.add(Decision(self.name, chosen.backend, reasons))
         return chosen.run(*args)

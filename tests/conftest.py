@@ -21,7 +21,7 @@ def _seed() -> None:
 @pytest.fixture
 def on_device() -> Iterator[None]:
     """Make tensors on the GPU where there is one: the tests of the ops run there as they are."""
-    torch.set_default_device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_default_device("cuda" if torch.cuda.is_available() else None)
     yield
     torch.set_default_device(None)
 

@@ -18,7 +18,7 @@ def window_grid(size: Sequence[int], kernel_size: Sequence[int], stride: Sequenc
 
 def as_image(x: Tensor, grid: Pair | None) -> Tensor:
     """``x`` as an image (B, C, H, W): itself, or tokens (B, H*W, C) laid out on ``grid`` = (H, W)."""
-    return x if grid is None else x.transpose(1, 2).unflatten(2, grid)
+    return x if grid is None else x.transpose(1, 2).view(x.shape[0], x.shape[2], *grid)
 
 
 def forward(x: Tensor, kernel_size: Pair, stride: Pair, padding: Pair, grid: Pair | None) -> Tensor:

@@ -20,7 +20,7 @@ def cannot_run(dtype: torch.dtype, x: Tensor, *others: Tensor | None) -> str | N
     """Why an op whose products are in ``dtype`` cannot run on ``x`` and ``others`` in Triton; None if it can."""
     if is_transformed():
         return "tracing, torch.func and forward-mode derivatives need library operations"
-    if torch.compiler.is_exporting():
+    if _is_exporting():
         return "an exported program must run without this package"
     reason = _device_reason(x.device)
     if reason is not None:
@@ -53,6 +53,11 @@ def no_second_derivative(operator: Any, op: str) -> None:
         )
 
     operator.register_autograd(refuse, setup_context=lambda ctx, inputs, output: None)
+
+
+@torch.compiler.assume_constant_result
+def _is_exporting() -> bool:
+    return torch.compiler.is_exporting()
 
 
 @functools.cache
