@@ -33,7 +33,7 @@ from rich.table import Table
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from t2t_fast.kernels import performer_attention, soft_split, soft_split_linear
+from t2t_fast.kernels import configs, performer_attention, soft_split, soft_split_linear, token_performer
 from t2t_fast.kernels.launch import Launch
 from t2t_fast.kernels.windows import make_view, make_window
 
@@ -135,6 +135,34 @@ def performer_launches(dtype: torch.dtype) -> Iterator[tuple[str, str, Launch, b
         yield f"performer_attention backward query{name}", use, launch, True
         launch = attention.backward_key_launch(k, v, w, *whole, y, y, dw, splits)
         yield f"performer_attention backward key{name}", use, launch, True
+    yield from token_performer_launches(dtype, (q, v, w, whole, y), parts)
+
+
+def token_performer_launches(
+    dtype: torch.dtype, tensors: tuple[Any, ...], parts: tuple[Tensor, ...]
+) -> Iterator[tuple[str, str, Launch, bool]]:
+    """As :func:`shipped_launches`, of the layer behind the attention, without and with its default dropout."""
+    q, v, w, whole, y = tensors
+    if not all(
+        configs.has_config(t, v.device, dtype) for t in (configs.TOKEN_PERFORMER, configs.TOKEN_PERFORMER_BACKWARD)
+    ):
+        return
+    dim, splits = y.shape[2], parts[0].shape[1]
+    layer = token_performer.Layer(
+        *(torch.empty(*shape, device="meta") for shape in ((dim,), (dim, dim), (dim,), (dim, dim), (dim,)))
+    )
+    seed = torch.empty(1, dtype=torch.int64, device="meta")
+    eps = (1e-8, 1e-5)
+    for name, dropout in (
+        ("", token_performer.make_dropout(None, 0.0, 0.0)),
+        (" with dropout", token_performer.make_dropout(seed, 0.1, 0.1)),
+    ):
+        launch = token_performer.forward_launch(q, v, w, whole, y, layer, dropout, dtype, *eps, splits)
+        yield f"token_performer forward{name}", "3136 tokens", launch, True
+        launch = token_performer.backward_launch(
+            y, q, v, w, whole, layer, dropout, y, y, parts[1:], layer, None, dtype, *eps
+        )
+        yield f"token_performer backward{name}", "3136 tokens", launch, True
 
 
 def resources(compiled: Any) -> dict[str, Any]:

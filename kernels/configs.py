@@ -24,7 +24,7 @@ class Table:
     Kinds are 16-bit operands ("half"), TF32, IEEE float32 and float64.
     """
 
-    rows: Mapping[int, Mapping[str, Config]]
+    rows: Mapping[int, Mapping[str, Config | None]]
 
 
 def _config(num_warps: int, num_stages: int, **blocks: int) -> Config:
@@ -89,6 +89,30 @@ PERFORMER_ATTENTION_BACKWARD = Table(
         },
     }
 )
+# Row 0 is the interpreter's. None: the weights and their gradients do not fit a chip's registers.
+TOKEN_PERFORMER = Table(
+    {
+        0: {"float32": _config(4, 1, tokens=16), "float64": _config(4, 1, tokens=16)},
+        80: {
+            "half": _config(4, 2, tokens=32),
+            "tf32": _config(4, 1, tokens=32),
+            "float32": None,
+            "float64": None,
+        },
+    }
+)
+TOKEN_PERFORMER_BACKWARD = Table(
+    {
+        0: {"float32": _config(4, 1, tokens=16), "float64": _config(4, 1, tokens=16)},
+        80: {
+            "half": _config(8, 1, tokens=16),
+            "tf32": _config(8, 1, tokens=16),
+            "float32": None,
+            "float64": None,
+        },
+        120: {"tf32": None},
+    }
+)
 SOFT_SPLIT_LINEAR_COEFFICIENT = _config(4, 1, tokens=32, out=128)
 
 
@@ -101,13 +125,24 @@ def kind(dtype: torch.dtype) -> str:
 
 def pick(table: Table, device: torch.device, dtype: torch.dtype, **sizes: int) -> Config:
     """The configuration for the chip behind ``device``; blocks named in ``sizes`` are no larger than those need."""
-    return _pick(table, chip_of(device).arch, kind(dtype), tuple(sizes.items()))
+    config = _pick(table, chip_of(device).arch, kind(dtype), tuple(sizes.items()))
+    assert config is not None, "ask has_config first"
+    return config
+
+
+def has_config(table: Table, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the table's kernel is built for ``dtype`` on the chip behind ``device``."""
+    return _pick(table, chip_of(device).arch, kind(dtype), ()) is not None
 
 
 @functools.lru_cache(maxsize=1024)
-def _pick(table: Table, arch: int, wanted: str, sizes: tuple[tuple[str, int], ...]) -> Config:
-    rows = [row for a, row in sorted(table.rows.items()) if a <= arch or a == min(table.rows)]
-    config = next(row[wanted] for row in reversed(rows) if wanted in row)
+def _pick(table: Table, arch: int, wanted: str, sizes: tuple[tuple[str, int], ...]) -> Config | None:
+    # Newest first; the interpreter takes what no row of its own has from the oldest chip's.
+    rows = [row for a, row in sorted(table.rows.items(), reverse=True) if a <= arch]
+    rows += [row for a, row in sorted(table.rows.items()) if a > arch]
+    config = next(row[wanted] for row in rows if wanted in row)
+    if config is None:
+        return None
     blocks = dict(config.blocks)
     for name, size in sizes:
         key = f"BLOCK_{name.upper()}"

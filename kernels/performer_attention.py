@@ -16,58 +16,28 @@ and dv). Sums over tokens go through a fixed number of ranges, added up in order
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .launch import Config, Launch, chip_of, precision
-
-
-class Rows(NamedTuple):
-    """Strides of a tensor (B, T, E)."""
-
-    image: int
-    token: int
-    channel: int
-
-
-class Sizes(NamedTuple):
-    """Tokens per image, ranges of tokens and tokens in each, channels, features."""
-
-    tokens: int
-    splits: int
-    per_split: int
-    dim: int
-    features: int
+from .launch import Config, Launch, precision
+from .rows import (
+    Rows,
+    load_matrix,
+    load_rows,
+    load_vector,
+    make_sizes,
+    store_matrix,
+    store_rows,
+    store_vector,
+    whole_block,
+)
 
 
 @triton.jit
-def _load_rows(ptr, image, tokens, channels, rows, sizes, dtype: tl.constexpr):
-    """A tile (tokens, channels) of one image as ``dtype``, zeros beyond the tensor."""
-    offs = tokens.to(tl.int64)[:, None] * rows.token + (channels.to(tl.int64) * rows.channel)[None, :]
-    mask = (tokens < sizes.tokens)[:, None] & (channels < sizes.dim)[None, :]
-    return tl.load(ptr + image.to(tl.int64) * rows.image + offs, mask=mask, other=0.0).to(dtype)
-
-
-@triton.jit
-def _store_rows(ptr, values, image, tokens, channels, rows, sizes):
-    offs = tokens.to(tl.int64)[:, None] * rows.token + (channels.to(tl.int64) * rows.channel)[None, :]
-    mask = (tokens < sizes.tokens)[:, None] & (channels < sizes.dim)[None, :]
-    tl.store(ptr + image.to(tl.int64) * rows.image + offs, values.to(ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _load_features(w_ptr, features, channels, sizes, dtype: tl.constexpr):
-    """w (features, channels), zeros beyond."""
-    mask = (features < sizes.features)[:, None] & (channels < sizes.dim)[None, :]
-    return tl.load(w_ptr + features[:, None] * sizes.dim + channels[None, :], mask=mask, other=0.0).to(dtype)
-
-
-@triton.jit
-def _exponents(z, w, EXPONENT_PRECISION: tl.constexpr):
+def exponents_of(z, w, EXPONENT_PRECISION: tl.constexpr):
     """w z - |z|²/2 of a tile, (tokens, features); finite whatever z."""
     products = tl.dot(z, tl.trans(w), input_precision=EXPONENT_PRECISION, out_dtype=z.dtype)
     exponents = products - (0.5 * tl.sum(z * z, 1))[:, None]
@@ -75,12 +45,40 @@ def _exponents(z, w, EXPONENT_PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _attention_weights(
-    q, w, largest, total, mask_feature, num_features, EPS: tl.constexpr, EXPONENT_PRECISION: tl.constexpr
-):
-    """p of a tile of queries, (tokens, features)."""
-    exponents = _exponents(q, w, EXPONENT_PRECISION) + largest[None, :]
-    exponents = tl.where(mask_feature[None, :], exponents, -3e30)
+def load_sums(largest_ptr, total_ptr, summary_ptr, image, features, channels, sizes):
+    """b, S and A of one image, or what is laid out like them."""
+    dtype: tl.constexpr = total_ptr.dtype.element_ty
+    row = image.to(tl.int64) * sizes.features
+    largest = load_vector(largest_ptr + row, features, sizes.features, dtype)
+    total = load_vector(total_ptr + row, features, sizes.features, dtype)
+    summary = load_matrix(summary_ptr + row * sizes.dim, features, channels, sizes.features, sizes.dim, dtype)
+    return largest, total, summary
+
+
+@triton.jit
+def store_sums(largest_ptr, total_ptr, summary_ptr, largest, total, summary, features, channels, sizes):
+    """Those of this program's range of tokens."""
+    row = tl.program_id(0).to(tl.int64) * sizes.features
+    store_vector(largest_ptr + row, largest, features, sizes.features)
+    store_vector(total_ptr + row, total, features, sizes.features)
+    store_matrix(summary_ptr + row * sizes.dim, summary, features, channels, sizes.features, sizes.dim)
+
+
+@triton.jit
+def add_keys(exponents, v, live, largest, total, summary, PRECISION: tl.constexpr):
+    """b, S and A with a tile of keys, (tokens, features), and its values added."""
+    risen = tl.maximum(largest, tl.max(tl.where(live[:, None], exponents, -1e30), 0))
+    phi = tl.where(live[:, None], tl.exp(exponents - risen[None, :]), 0.0)
+    factor = tl.exp(largest - risen)
+    total = total * factor + tl.sum(phi, 0)
+    summary = tl.dot(tl.trans(phi), v, summary * factor[:, None], input_precision=PRECISION, out_dtype=v.dtype)
+    return risen, total, summary
+
+
+@triton.jit
+def attention_weights(exponents, largest, total, mask_feature, num_features, EPS: tl.constexpr):
+    """p of a tile of queries from their exponents, (tokens, features)."""
+    exponents = tl.where(mask_feature[None, :], exponents + largest[None, :], -3e30)
     top = tl.max(exponents, 1)
     phi = tl.exp(exponents - top[:, None])
     denominator = tl.sum(phi * total[None, :], 1)
@@ -110,30 +108,18 @@ def _performer_attention_summary_kernel(
     dtype: tl.constexpr = total_ptr.dtype.element_ty
     image, split = tl.program_id(0) // sizes.splits, tl.program_id(0) % sizes.splits
     feature, channel = tl.arange(0, BLOCK_FEATURES), tl.arange(0, BLOCK_DIM)
-    w = _load_features(w_ptr, feature, channel, sizes, dtype)
+    w = load_matrix(w_ptr, feature, channel, sizes.features, sizes.dim, dtype)
     largest = tl.full((BLOCK_FEATURES,), -1e30, dtype)
     total = tl.zeros((BLOCK_FEATURES,), dtype)
     summary = tl.zeros((BLOCK_FEATURES, BLOCK_DIM), dtype)
     first = split * sizes.per_split
     for start in range(first, tl.minimum(first + sizes.per_split, sizes.tokens), BLOCK_TOKENS):
         token = start + tl.arange(0, BLOCK_TOKENS)
-        k = _load_rows(k_ptr, image, token, channel, k_rows, sizes, dtype)
-        v = _load_rows(v_ptr, image, token, channel, v_rows, sizes, dtype)
-        exponents = _exponents(k, w, EXPONENT_PRECISION)
-        live = (token < sizes.tokens)[:, None]
-        risen = tl.maximum(largest, tl.max(tl.where(live, exponents, -1e30), 0))
-        phi = tl.where(live, tl.exp(exponents - risen[None, :]), 0.0)
-        factor = tl.exp(largest - risen)
-        total = total * factor + tl.sum(phi, 0)
-        summary = summary * factor[:, None]
-        summary = tl.dot(tl.trans(phi), v, summary, input_precision=PRECISION, out_dtype=dtype)
-        largest = risen
-    row = tl.program_id(0).to(tl.int64) * sizes.features + feature
-    mask = feature < sizes.features
-    tl.store(largest_ptr + row, largest, mask=mask)
-    tl.store(total_ptr + row, total, mask=mask)
-    mask2 = mask[:, None] & (channel < sizes.dim)[None, :]
-    tl.store(summary_ptr + row[:, None] * sizes.dim + channel[None, :], summary, mask=mask2)
+        k = load_rows(k_ptr, image, token, channel, k_rows, sizes, dtype)
+        v = load_rows(v_ptr, image, token, channel, v_rows, sizes, dtype)
+        exponents = exponents_of(k, w, EXPONENT_PRECISION)
+        largest, total, summary = add_keys(exponents, v, token < sizes.tokens, largest, total, summary, PRECISION)
+    store_sums(largest_ptr, total_ptr, summary_ptr, largest, total, summary, feature, channel, sizes)
 
 
 @triton.jit
@@ -158,19 +144,16 @@ def _performer_attention_query_kernel(
     image, split = tl.program_id(0) // sizes.splits, tl.program_id(0) % sizes.splits
     feature, channel = tl.arange(0, BLOCK_FEATURES), tl.arange(0, BLOCK_DIM)
     mask_feature = feature < sizes.features
-    w = _load_features(w_ptr, feature, channel, sizes, dtype)
-    row = image.to(tl.int64) * sizes.features + feature
-    largest = tl.load(largest_ptr + row, mask=mask_feature, other=0.0)
-    total = tl.load(total_ptr + row, mask=mask_feature, other=0.0)
-    mask = mask_feature[:, None] & (channel < sizes.dim)[None, :]
-    summary = tl.load(summary_ptr + row[:, None] * sizes.dim + channel[None, :], mask=mask, other=0.0)
+    w = load_matrix(w_ptr, feature, channel, sizes.features, sizes.dim, dtype)
+    largest, total, summary = load_sums(largest_ptr, total_ptr, summary_ptr, image, feature, channel, sizes)
     first = split * sizes.per_split
     for start in range(first, tl.minimum(first + sizes.per_split, sizes.tokens), BLOCK_TOKENS):
         token = start + tl.arange(0, BLOCK_TOKENS)
-        q = _load_rows(q_ptr, image, token, channel, q_rows, sizes, dtype)
-        weights = _attention_weights(q, w, largest, total, mask_feature, sizes.features, EPS, EXPONENT_PRECISION)
+        q = load_rows(q_ptr, image, token, channel, q_rows, sizes, dtype)
+        exponents = exponents_of(q, w, EXPONENT_PRECISION)
+        weights = attention_weights(exponents, largest, total, mask_feature, sizes.features, EPS)
         y = tl.dot(weights, summary, input_precision=PRECISION, out_dtype=dtype)
-        _store_rows(y_ptr, y, image, token, channel, y_rows, sizes)
+        store_rows(y_ptr, y, image, token, channel, y_rows, sizes)
 
 
 @triton.jit
@@ -202,37 +185,33 @@ def _performer_attention_backward_query_kernel(
     image, split = tl.program_id(0) // sizes.splits, tl.program_id(0) % sizes.splits
     feature, channel = tl.arange(0, BLOCK_FEATURES), tl.arange(0, BLOCK_DIM)
     mask_feature = feature < sizes.features
-    w = _load_features(w_ptr, feature, channel, sizes, dtype)
-    row = image.to(tl.int64) * sizes.features + feature
-    largest = tl.load(largest_ptr + row, mask=mask_feature, other=0.0)
-    total = tl.load(total_ptr + row, mask=mask_feature, other=0.0)
-    mask = mask_feature[:, None] & (channel < sizes.dim)[None, :]
-    summary = tl.load(summary_ptr + row[:, None] * sizes.dim + channel[None, :], mask=mask, other=0.0)
+    w = load_matrix(w_ptr, feature, channel, sizes.features, sizes.dim, dtype)
+    largest, total, summary = load_sums(largest_ptr, total_ptr, summary_ptr, image, feature, channel, sizes)
     d_total = tl.zeros((BLOCK_FEATURES,), dtype)
     d_summary = tl.zeros((BLOCK_FEATURES, BLOCK_DIM), dtype)
     dw = tl.zeros((BLOCK_FEATURES, BLOCK_DIM), dtype)
     first = split * sizes.per_split
     for start in range(first, tl.minimum(first + sizes.per_split, sizes.tokens), BLOCK_TOKENS):
         token = start + tl.arange(0, BLOCK_TOKENS)
-        q = _load_rows(q_ptr, image, token, channel, q_rows, sizes, dtype)
-        grad = _load_rows(grad_ptr, image, token, channel, grad_rows, sizes, dtype)  # zero beyond the last token
-        weights = _attention_weights(q, w, largest, total, mask_feature, sizes.features, EPS, EXPONENT_PRECISION)
+        q = load_rows(q_ptr, image, token, channel, q_rows, sizes, dtype)
+        grad = load_rows(grad_ptr, image, token, channel, grad_rows, sizes, dtype)  # zero beyond the last token
+        exponents = exponents_of(q, w, EXPONENT_PRECISION)
+        weights = attention_weights(exponents, largest, total, mask_feature, sizes.features, EPS)
         d_weights = tl.dot(grad, tl.trans(summary), input_precision=PRECISION, out_dtype=dtype)
         along = tl.sum(weights * d_weights, 1)
         d_exponents = weights * (d_weights - along[:, None] * total[None, :])
         dq = tl.dot(d_exponents, w, input_precision=PRECISION, out_dtype=dtype)
         dq -= q * tl.sum(d_exponents, 1)[:, None]
-        _store_rows(dq_ptr, dq, image, token, channel, dq_rows, sizes)
+        store_rows(dq_ptr, dq, image, token, channel, dq_rows, sizes)
         d_total -= tl.sum(along[:, None] * weights, 0)
         d_summary = tl.dot(tl.trans(weights), grad, d_summary, input_precision=PRECISION, out_dtype=dtype)
         if NEEDS_DW:
             dw = tl.dot(tl.trans(d_exponents), q, dw, input_precision=PRECISION, out_dtype=dtype)
-    row = tl.program_id(0).to(tl.int64) * sizes.features + feature
-    offs = row[:, None] * sizes.dim + channel[None, :]
-    tl.store(d_total_ptr + row, d_total, mask=mask_feature)
-    tl.store(d_summary_ptr + offs, d_summary, mask=mask)
+    row = tl.program_id(0).to(tl.int64) * sizes.features
+    store_vector(d_total_ptr + row, d_total, feature, sizes.features)
+    store_matrix(d_summary_ptr + row * sizes.dim, d_summary, feature, channel, sizes.features, sizes.dim)
     if NEEDS_DW:
-        tl.store(dw_ptr + offs, dw, mask=mask)
+        store_matrix(dw_ptr + row * sizes.dim, dw, feature, channel, sizes.features, sizes.dim)
 
 
 @triton.jit
@@ -252,6 +231,7 @@ def _performer_attention_backward_key_kernel(
     dv_rows,
     sizes,
     NEEDS_DW: tl.constexpr,
+    ADD_TO_DV: tl.constexpr,
     PRECISION: tl.constexpr,
     EXPONENT_PRECISION: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
@@ -263,46 +243,36 @@ def _performer_attention_backward_key_kernel(
     image, split = tl.program_id(0) // sizes.splits, tl.program_id(0) % sizes.splits
     feature, channel = tl.arange(0, BLOCK_FEATURES), tl.arange(0, BLOCK_DIM)
     mask_feature = feature < sizes.features
-    w = _load_features(w_ptr, feature, channel, sizes, dtype)
-    row = image.to(tl.int64) * sizes.features + feature
-    largest = tl.load(largest_ptr + row, mask=mask_feature, other=0.0)
-    d_total = tl.load(d_total_ptr + row, mask=mask_feature, other=0.0)
-    mask = mask_feature[:, None] & (channel < sizes.dim)[None, :]
-    d_summary = tl.load(d_summary_ptr + row[:, None] * sizes.dim + channel[None, :], mask=mask, other=0.0)
+    w = load_matrix(w_ptr, feature, channel, sizes.features, sizes.dim, dtype)
+    largest, d_total, d_summary = load_sums(largest_ptr, d_total_ptr, d_summary_ptr, image, feature, channel, sizes)
     dw = tl.zeros((BLOCK_FEATURES, BLOCK_DIM), dtype)
     first = split * sizes.per_split
     for start in range(first, tl.minimum(first + sizes.per_split, sizes.tokens), BLOCK_TOKENS):
         token = start + tl.arange(0, BLOCK_TOKENS)
-        k = _load_rows(k_ptr, image, token, channel, k_rows, sizes, dtype)
-        v = _load_rows(v_ptr, image, token, channel, v_rows, sizes, dtype)
+        k = load_rows(k_ptr, image, token, channel, k_rows, sizes, dtype)
+        v = load_rows(v_ptr, image, token, channel, v_rows, sizes, dtype)
         live = (token < sizes.tokens)[:, None] & mask_feature[None, :]
-        phi = tl.where(live, tl.exp(_exponents(k, w, EXPONENT_PRECISION) - largest[None, :]), 0.0)
+        phi = tl.where(live, tl.exp(exponents_of(k, w, EXPONENT_PRECISION) - largest[None, :]), 0.0)
         d_phi = tl.dot(v, tl.trans(d_summary), input_precision=PRECISION, out_dtype=dtype) + d_total[None, :]
         d_exponents = phi * d_phi
         dk = tl.dot(d_exponents, w, input_precision=PRECISION, out_dtype=dtype)
         dk -= k * tl.sum(d_exponents, 1)[:, None]
         dv = tl.dot(phi, d_summary, input_precision=PRECISION, out_dtype=dtype)
-        _store_rows(dk_ptr, dk, image, token, channel, dk_rows, sizes)
-        _store_rows(dv_ptr, dv, image, token, channel, dv_rows, sizes)
+        if ADD_TO_DV:
+            dv += load_rows(dv_ptr, image, token, channel, dv_rows, sizes, dtype)
+        store_rows(dk_ptr, dk, image, token, channel, dk_rows, sizes)
+        store_rows(dv_ptr, dv, image, token, channel, dv_rows, sizes)
         if NEEDS_DW:
             dw = tl.dot(tl.trans(d_exponents), k, dw, input_precision=PRECISION, out_dtype=dtype)
     if NEEDS_DW:
-        row = tl.program_id(0).to(tl.int64) * sizes.features + feature
-        tl.store(dw_ptr + row[:, None] * sizes.dim + channel[None, :], dw, mask=mask)
+        row = tl.program_id(0).to(tl.int64) * sizes.features
+        store_matrix(dw_ptr + row * sizes.dim, dw, feature, channel, sizes.features, sizes.dim)
 
 
-def num_splits(k: Tensor) -> int:
-    """Into how many ranges the tokens of an image are divided: enough to fill the chip twice, none below a block."""
-    block = configs.pick(configs.PERFORMER_ATTENTION, k.device, k.dtype).blocks["BLOCK_TOKENS"]
-    wanted = triton.cdiv(2 * chip_of(k.device).multiprocessors, max(1, k.shape[0]))
-    return max(1, min(wanted, triton.cdiv(k.shape[1], block)))
-
-
-def _config(table: configs.Table, k: Tensor, features: int) -> Config:
+def config_of(table: configs.Table, k: Tensor, features: int) -> Config:
     config = configs.pick(table, k.device, k.dtype)
     # Whole rows: these blocks are as large as the tensors.
-    whole = {"BLOCK_FEATURES": max(16, triton.next_power_of_2(features))}
-    whole["BLOCK_DIM"] = max(16, triton.next_power_of_2(k.shape[2]))
+    whole = {"BLOCK_FEATURES": whole_block(features), "BLOCK_DIM": whole_block(k.shape[2])}
     return Config({**config.blocks, **whole}, config.num_warps, config.num_stages, config.tuned)
 
 
@@ -316,14 +286,16 @@ def _launch(
     **constants: object,
 ) -> Launch:
     """One program per image and range of tokens; ``k`` stands for all tensors of its shape."""
-    batch, tokens, dim = k.shape
-    config = _config(table, k, features)
-    block = config.blocks["BLOCK_TOKENS"]
-    sizes = Sizes(tokens, splits, triton.cdiv(triton.cdiv(tokens, splits), block) * block, dim, features)
+    config = config_of(table, k, features)
+    sizes = make_sizes(k, features, splits, config.blocks["BLOCK_TOKENS"])
+    return Launch(kernel, (k.shape[0] * splits,), (*args, sizes), {**precisions(k.dtype), **constants}, config)
+
+
+def precisions(dtype: torch.dtype) -> dict[str, str]:
+    """How products with phi, and those in the exponent, are multiplied for rows of ``dtype``."""
     # Products of 16-bit values lose nothing in TF32; the exponent's second factor is w, which would.
-    dot = "tf32" if k.dtype.itemsize == 2 else precision(k.dtype)
-    precisions = {"PRECISION": dot, "EXPONENT_PRECISION": "tf32x3" if dot == "tf32" else dot}
-    return Launch(kernel, (batch * splits,), (*args, sizes), {**precisions, **constants}, config)
+    dot = "tf32" if dtype.itemsize == 2 else precision(dtype)
+    return {"PRECISION": dot, "EXPONENT_PRECISION": "tf32x3" if dot == "tf32" else dot}
 
 
 def summary_launch(k: Tensor, v: Tensor, w: Tensor, largest: Tensor, total: Tensor, summary: Tensor) -> Launch:
@@ -374,9 +346,14 @@ def backward_key_launch(
     dv: Tensor,
     dw: Tensor | None,
     splits: int,
+    add_to_dv: bool = False,
 ) -> Launch:
-    """Fill dk and dv (B, T, E), and per range dw (B, splits, m, E), from dS (B, m) and dA (B, m, E)."""
+    """Fill dk and dv (B, T, E), and per range dw (B, splits, m, E), from dS (B, m) and dA (B, m, E).
+
+    With ``add_to_dv``, ``dv`` already holds what the values get elsewhere.
+    """
     rows = (Rows(*t.stride()) for t in (k, v, dk, dv))
     args = (k, v, w, largest, d_total, d_summary, dk, dv, dw, *rows)
     kernel, table = _performer_attention_backward_key_kernel, configs.PERFORMER_ATTENTION_BACKWARD
-    return _launch(kernel, table, args, k, w.shape[0], splits, NEEDS_DW=dw is not None)
+    constants = {"NEEDS_DW": dw is not None, "ADD_TO_DV": add_to_dv}
+    return _launch(kernel, table, args, k, w.shape[0], splits, **constants)

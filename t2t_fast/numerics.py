@@ -16,10 +16,14 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
 
 def product_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which a matrix product of ``x`` runs: autocast's where it is on, else that of ``x``."""
-    device_type = x.device.type
-    if _has_autocast(device_type) and torch.is_autocast_enabled(device_type):
-        return torch.get_autocast_dtype(device_type) if x.dtype != torch.float64 else x.dtype
+    if is_autocast(x):
+        return torch.get_autocast_dtype(x.device.type) if x.dtype != torch.float64 else x.dtype
     return x.dtype
+
+
+def is_autocast(x: Tensor) -> bool:
+    """Whether autocast is on for the device of ``x``."""
+    return _has_autocast(x.device.type) and torch.is_autocast_enabled(x.device.type)
 
 
 @torch.compiler.assume_constant_result

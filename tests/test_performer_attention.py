@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import assert_close, gradients, hand_written, leaves, skip_unless_possible
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from t2t_fast import BackendUnavailable, ops
 from t2t_fast.reference import performer_attention as reference
@@ -96,6 +97,16 @@ def test_autocast_keeps_float32_inside(backend: str, dtype: torch.dtype) -> None
     want = double_sum(k.double(), q.double(), v.double(), w.float().double(), 1e-8)
     assert got.dtype == dtype
     assert_close(got, want, dtype, 64)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_checkpointing(backend: str) -> None:
+    kqv, w = make(1, 9, 8, 4)
+    inputs = leaves(*kqv.chunk(3, dim=-1), w)
+    function = lambda *t: ops.performer_attention(*t, backend=backend).square().sum()  # noqa: E731
+    direct = torch.autograd.grad(function(*inputs), inputs)
+    again = torch.autograd.grad(checkpoint(function, *inputs, use_reentrant=False), inputs)
+    assert all(torch.equal(a, b) for a, b in zip(direct, again, strict=True))
 
 
 def log_oracle(k: Tensor, q: Tensor, v: Tensor, w: Tensor, eps: float) -> Tensor:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import assert_close, gradients, hand_written, leaves, skip_unless_possible
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from t2t_fast import ops
 from t2t_fast.reference import token_performer as reference
@@ -70,21 +72,24 @@ def test_gradcheck(backend: str) -> None:
     inputs = leaves(*make(3, 4, 2, 5))
     function = lambda *t: ops.token_performer(*t, backend=backend)  # noqa: E731
     assert torch.autograd.gradcheck(function, inputs)
-    if backend != "triton":  # whose attention refuses second derivatives
+    if backend != "triton":  # which refuses second derivatives
         assert torch.autograd.gradgradcheck(function, inputs)
     assert torch.autograd.gradcheck(hand_written(reference.forward, reference.backward, 10), (*inputs, *EXACT))
 
 
+@pytest.mark.parametrize("backend", ["aten", "triton"])
 @pytest.mark.parametrize("rates", [(0.3, 0.0), (0.0, 0.3), (0.2, 0.4)])
-def test_gradcheck_with_dropout(rates: tuple[float, float]) -> None:
-    """The mask of the forward pass is the mask of the backward pass."""
+def test_gradcheck_with_dropout(rates: tuple[float, float], backend: str) -> None:
+    """The masks of the forward pass are the masks of the backward pass."""
 
     def function(*tensors: Tensor) -> Tensor:
         torch.manual_seed(3)
-        return ops.token_performer(*tensors, *rates, backend="aten")
+        return ops.token_performer(*tensors, *rates, backend=backend)
 
     inputs = leaves(*make(4, 5, 3, 5))
-    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradcheck(function, inputs, fast_mode=backend == "triton")
+    if backend == "triton":
+        return
     assert torch.autograd.gradgradcheck(function, inputs)
     # Same seed, same masks, with and without gradients, in the literal form too.
     with torch.no_grad():
@@ -104,6 +109,130 @@ def test_dropout_rate_and_scale(backend: str) -> None:
     assert abs(sum(outputs) / 8 - ops.token_performer(*tensors).mean().item()) < 2.0
 
 
+def masked(batch: int, tokens: int, dim: int, proj_drop: float, mlp_drop: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The Triton layer's masks (2, batch, tokens, dim), and what sums gradient times mask should be and are.
+
+    With all weights zero, proj's bias 1 and fc2's bias 4, the layer's output is mask1 + 4 mask2, and the gradients of
+    the biases are those sums. The gradient is the number of the token and channel: no two masks have the same sum.
+    """
+    tensors = [torch.zeros_like(t) for t in make(tokens, dim, 8, dim)]
+    tensors[0] = tensors[0][:1].repeat(batch, 1, 1)
+    tensors[1] += 0.1
+    tensors[3] += 1
+    tensors[9] += 4
+    biases = [tensors[i].requires_grad_() for i in (3, 9)]
+    out = ops.token_performer(*tensors, proj_drop, mlp_drop, backend="triton")
+    grad = torch.arange(1.0, out.numel() + 1, dtype=torch.float64).reshape(out.shape)
+    sums = torch.stack(torch.autograd.grad(out, biases, grad))
+    scale1, scale2 = (65536 / (65536 - round(65536 * rate)) for rate in (proj_drop, mlp_drop))
+    second = (out > 3.5 * scale2).double() * scale2
+    first = out.detach() - 4 * second
+    assert (first.abs().lt(1e-9) | (first - scale1).abs().lt(1e-9)).all()
+    first = (first > 0.5).double() * scale1
+    return torch.stack((first, second)), torch.stack(((grad * first).sum((0, 1)), (grad * second).sum((0, 1)))), sums
+
+
+def test_triton_masks_have_the_rate_and_are_independent() -> None:
+    batch, tokens, dim, rates = 3, 401, 24, (0.1, 0.37)
+    masks, wanted, sums = masked(batch, tokens, dim, *rates)
+    # Forward and backward agree value by value, at a tail of tokens and of channels too.
+    assert torch.allclose(sums, wanted, rtol=1e-12)
+    drops = (masks == 0).double()
+    number = drops[0].numel()
+    for drop, rate in zip(drops, rates, strict=True):
+        deviation = math.sqrt(rate * (1 - rate) / number)
+        assert abs(drop.mean() - rate) < 5 * deviation
+        for dims in ((1, 2), (0, 2), (0, 1)):  # per image, token and channel
+            part = drop.mean(dims)
+            assert (part - rate).abs().max() < 5 * deviation * math.sqrt(part.numel())
+    # Neither the other mask, nor the neighbouring channel, token or image tells anything.
+    centred = [(drop - rate) / math.sqrt(rate * (1 - rate)) for drop, rate in zip(drops, rates, strict=True)]
+    pairs = [centred]
+    for c in centred:
+        pairs += [(c[..., 1:], c[..., :-1]), (c[..., 4:], c[..., :-4]), (c[:, 1:], c[:, :-1]), (c[1:], c[:-1])]
+    for left, right in pairs:
+        assert abs((left * right).mean()) < 5 / math.sqrt(left.numel())
+
+
+def test_triton_masks_come_from_the_generator() -> None:
+    def draw() -> Tensor:
+        return masked(1, 20, 16, 0.5, 0.5)[0]
+
+    torch.manual_seed(5)
+    first, second = draw(), draw()
+    torch.manual_seed(5)
+    assert torch.equal(draw(), first) and torch.equal(draw(), second)
+    assert not torch.equal(first, second)
+    tensors, state = make(4, 16, 8, 16), torch.get_rng_state()
+    ops.token_performer(*tensors, backend="triton")
+    assert torch.equal(torch.get_rng_state(), state)  # without dropout, nothing is drawn
+
+
+@pytest.mark.parametrize("rate", [1e-7, 0.5, 0.99999])
+def test_any_rate_keeps_the_expectation(rate: float) -> None:
+    masks, wanted, sums = masked(1, 400, 16, rate, rate)
+    assert torch.allclose(sums, wanted, rtol=1e-12)
+    if rate < 1e-6:
+        assert (masks == 1).all()  # below the resolution of 2**-16
+    kept = max(2.0**-16, 1 - rate)
+    assert abs(masks.mean() - 1) < 5 * math.sqrt((1 - kept) / kept / masks.numel()) + 1e-3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_checkpointing_replays_the_masks(backend: str) -> None:
+    tensors = [t.requires_grad_() for t in make(12, 16, 8, 16)]
+
+    def gradients_of(layer: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        torch.manual_seed(11)
+        return torch.autograd.grad(layer(*tensors).square().sum(), tensors)
+
+    def layer(*tensors: Tensor) -> Tensor:
+        return ops.token_performer(*tensors, 0.3, 0.3, backend=backend)
+
+    direct = gradients_of(layer)
+    again = gradients_of(lambda *t: checkpoint(layer, *t, use_reentrant=False))
+    assert all(torch.equal(a, b) for a, b in zip(direct, again, strict=True))
+
+
+def test_too_wide_for_the_registers() -> None:
+    """Beyond 64 channels or hidden units, what follows the attention is left to the library."""
+    for dim, hidden in ((72, 16), (16, 72)):
+        tensors = make(9, dim, 8, hidden)
+        grad = torch.randn(2, 9, dim, dtype=torch.float64)
+        found, want = (
+            gradients(lambda *t, b=backend: ops.token_performer(*t, backend=b), tensors, grad)
+            for backend in ("triton", "reference")
+        )
+        for f, w in zip(found, want, strict=True):
+            assert_close(f, w, torch.float64, 100, grad=True)
+
+
+@pytest.mark.parametrize("std", [0.1, 5.0, 20.0])
+def test_any_scale_of_keys_and_queries_in_triton(std: float) -> None:
+    """Denominators below float32's smallest number, exponentials above its largest: finite, values and gradients."""
+    tensors = make(40, 32, 16, 32, torch.float32)
+    tensors[0][..., :64] *= std / 0.7
+    found = gradients(lambda *t: ops.token_performer(*t, 0.1, 0.1, backend="triton"), tensors, torch.randn(2, 40, 32))
+    assert all(torch.isfinite(f).all() for f in found)
+
+
+def test_autocast_in_triton() -> None:
+    """Operands of the MLP in autocast's dtype, everything else as without it; weights and their gradients float32."""
+    tensors = make(33, 16, 8, 16, torch.float32)
+    tensors[0] = tensors[0].half()
+    grad = torch.randn(2, 33, 16).half()
+    exact = [t.double() for t in tensors]
+    wanted = reference.backward(grad.double(), *exact, *EXACT)
+    with torch.autocast(grad.device.type, dtype=torch.float16):
+        out = ops.token_performer(*tensors, backend="triton")
+        found = gradients(lambda *t: ops.token_performer(*t, backend="triton"), tensors, grad)
+    assert out.dtype == torch.float16
+    assert_close(out, by_modules(exact), torch.float16, 50)
+    for f, w, t in zip(found, wanted, tensors, strict=True):
+        assert f.dtype == t.dtype
+        assert_close(f, w, torch.float16, 2 * 33 * 16, grad=True)
+
+
 def test_needs_less_memory_than_autograd() -> None:
     """What backward keeps: no LayerNorm output, no GELU output, no projected attention."""
     tensors = [t.requires_grad_() for t in make(128, 64, 32, 64, torch.float32)]
@@ -120,6 +249,7 @@ def test_needs_less_memory_than_autograd() -> None:
         sizes[backend] = sum(seen.values())
         del out
     assert sizes["aten"] < 0.75 * sizes["reference"]
+    assert sizes["triton"] < 0.4 * sizes["reference"]  # the input, the weights, and sums per image
 
 
 def test_bad_input_is_named() -> None:

@@ -34,6 +34,9 @@ def operators() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     weight, offset = image(7, 45), image(7)
     library = torch.ops.t2t_fast
     f32 = torch.float32
+    shapes = ((2, 9, 48), (8, 16), (16, 16), (16,), (24, 16), (24,), (16, 24), (16,))
+    layer, sums = [image(*shape) for shape in shapes], (*torch.rand(2, 2, 8), torch.rand(2, 8, 16))
+    seed = torch.randint(2**63 - 1, (1,))
     return {
         "soft_split": (library.soft_split, (x, *GEOMETRY)),
         "soft_split of tokens": (library.soft_split, (image(2, 72, 5).transpose(1, 2).unflatten(2, (9, 8)), *GEOMETRY)),
@@ -53,7 +56,13 @@ def operators() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "performer_attention": (library.performer_attention, (*image(3, 2, 9, 16).unbind(), image(8, 16), 1e-8)),
         "performer_attention_backward": (
             library.performer_attention_backward,
-            (*torch.randn(4, 2, 9, 16), torch.randn(8, 16), *torch.rand(2, 2, 8), torch.rand(2, 8, 16), 1e-8, True),
+            (*torch.randn(4, 2, 9, 16), torch.randn(8, 16), *sums, 1e-8, True),
+        ),
+        "token_performer": (library.token_performer, (*layer, None, f32, 0.0, 0.0, 1e-8, 1e-5)),
+        "token_performer with dropout": (library.token_performer, (*layer, seed, f32, 0.1, 0.2, 1e-8, 1e-5)),
+        "token_performer_backward": (
+            library.token_performer_backward,
+            (torch.randn(2, 9, 16), *(t.detach() for t in layer), seed, *sums, f32, 0.1, 0.2, 1e-8, 1e-5, True),
         ),
         "soft_split_linear_backward_input": (
             library.soft_split_linear_backward_input,
@@ -256,6 +265,16 @@ def test_other_dtypes_are_refused() -> None:
     x, weight = image(1, 3, 8, 8).half(), image(4, 27)
     with pytest.raises(BackendUnavailable, match=r"the input is torch\.float16, the weight torch\.float32: outside"):
         ops.soft_split_linear(x, weight, None, None, None, 3, 1, 1, backend="triton")
+
+
+def test_autocast_takes_16_bit_tokens_and_float32_weights() -> None:
+    """As in every layer of a model under autocast but the first."""
+    x, weight = torch.randn(2, 3, 9, 9).half(), torch.randn(4, 27)
+    with torch.autocast(x.device.type, dtype=torch.float16):
+        got = ops.soft_split_linear(x, weight, None, torch.ones(27), None, 3, 2, 1, **TRITON)
+    want = reference.forward(x.double(), weight.double(), None, torch.ones(27).double(), None, *GEOMETRY, None, 1e-5)
+    assert got.dtype == torch.float16
+    assert_close(got, want, torch.float16, 27)
 
 
 def test_the_model_takes_the_kernels() -> None:

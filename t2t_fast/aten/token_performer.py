@@ -102,7 +102,8 @@ class _TokenPerformer(torch.autograd.Function):
     @staticmethod
     @backward_by_hand
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, kept = ctx.saved_tensors[:12], ctx.saved_tensors[12:]
+        saved = ctx.saved_tensors  # unpacked once: checkpointing insists
+        inputs, kept = saved[:12], saved[12:]
         if torch.is_grad_enabled():
             return differentiable_backward(lambda *args: _token_performer(*args)[0], (*inputs, *ctx.rest), grad)
         kqv, w, proj_weight, _, norm_weight, norm_bias, fc1_weight, _, fc2_weight, _, proj_mask, mlp_mask = inputs

@@ -22,11 +22,16 @@ def forward(k: Tensor, q: Tensor, v: Tensor, w: Tensor, eps: float) -> Tensor:
 
 def can_run(k: Tensor, q: Tensor, v: Tensor, w: Tensor, eps: float) -> str | None:
     """None, or why not."""
-    if max(w.shape) > _LARGEST:
-        return f"w is {w.shape[0]} x {w.shape[1]}; the kernels take up to {_LARGEST} features and channels"
     if {k.dtype, q.dtype} != {v.dtype}:
         return f"k, q and v are {k.dtype}, {q.dtype} and {v.dtype}; the kernels take one dtype"
-    return cannot_run(k.dtype, k, q, v, w)
+    return too_wide(w) or cannot_run(k.dtype, k, q, v, w)
+
+
+def too_wide(w: Tensor) -> str | None:
+    """None, or why ``w`` (m, E) does not fit the kernels."""
+    if max(w.shape) <= _LARGEST:
+        return None
+    return f"w is {w.shape[0]} x {w.shape[1]}; the kernels take up to {_LARGEST} features and channels"
 
 
 def is_slower(k: Tensor, *rest: Any) -> str | None:
@@ -44,34 +49,40 @@ def _performer_attention(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y (B, T, E); and what backward needs of the keys: b (B, m), S (B, m) and A (B, m, E)."""
     from ..kernels import performer_attention as kernels
+    from ..kernels.rows import num_splits
 
-    w = w.contiguous()
-    splits = kernels.num_splits(k)
-    y, *sums = _outputs(k, v, w, splits)
-    kernels.summary_launch(k, v, w, *sums).run(k.device)
-    largest, total, summary = _combine(*sums)
+    w, splits, y = w.contiguous(), num_splits(k), torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    largest, total, summary = summarize(k, v, w, splits)
     kernels.query_launch(q, w, largest, total, summary, y, eps, splits).run(k.device)
     return y, largest, total, summary
 
 
-def _combine(largest: Tensor, total: Tensor, summary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def summarize(k: Tensor, v: Tensor, w: Tensor, splits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """b (B, m), S (B, m) and A (B, m, E) of the keys and values, ``w`` contiguous."""
+    from ..kernels import performer_attention as kernels
+
+    sums = sums_of(v, w, splits)
+    kernels.summary_launch(k, v, w, *sums).run(k.device)
+    return combine(*sums)
+
+
+def combine(largest: Tensor, total: Tensor, summary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The sums over all ranges of tokens (B, splits, ...), relative to one common b."""
     top = largest.amax(dim=1)
     factor = torch.exp(largest - top.unsqueeze(1))
     return top, (total * factor).sum(dim=1), (summary * factor.unsqueeze(3)).sum(dim=1)
 
 
-def _outputs(k: Tensor, v: Tensor, w: Tensor, splits: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    shape, dtype = (k.shape[0], splits, w.shape[0]), compute_dtype(k, v)
-    largest, total = k.new_empty(shape, dtype=dtype), k.new_empty(shape, dtype=dtype)
-    y = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    return y, largest, total, k.new_empty(*shape, w.shape[1], dtype=dtype)
+def sums_of(v: Tensor, w: Tensor, *splits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty b (B, m), S (B, m) and A (B, m, E); with ``splits``, (B, splits, ...)."""
+    shape, dtype = (v.shape[0], *splits, w.shape[0]), compute_dtype(v)
+    largest, total = (v.new_empty(shape, dtype=dtype) for _ in range(2))
+    return largest, total, v.new_empty(*shape, w.shape[1], dtype=dtype)
 
 
 @_performer_attention.register_fake
 def _(k: Tensor, q: Tensor, v: Tensor, w: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    y, largest, total, summary = _outputs(k, v, w, 1)
-    return y, largest[:, 0].clone(), total[:, 0].clone(), summary[:, 0].clone()
+    return torch.empty(v.shape, dtype=v.dtype, device=v.device), *sums_of(v, w)
 
 
 @torch.library.custom_op(
@@ -94,10 +105,11 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of k, q, v, and of w (m, E) in float32 or better, or empty."""
     from ..kernels import performer_attention as kernels
+    from ..kernels.rows import num_splits
 
-    packed, splits = w.contiguous(), kernels.num_splits(k)
+    packed, splits = w.contiguous(), num_splits(k)
     dk, dq, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (k, q, v))
-    _, _, d_total, d_summary = _outputs(k, v, w, splits)
+    _, d_total, d_summary = sums_of(v, w, splits)
     dw: list[Any] = [torch.empty_like(d_summary) for _ in range(2)] if needs_dw else [None, None]
     sums = (largest, total, summary)
     kernels.backward_query_launch(grad, q, packed, *sums, dq, d_total, d_summary, dw[0], eps).run(k.device)
@@ -121,9 +133,9 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _differentiate(ctx: Any, grad: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
-    w, needs_dw = ctx.saved_tensors[3], ctx.needs_input_grad[3]
-    *gradients, dw = _backward(grad, *ctx.saved_tensors, ctx.eps, needs_dw)
-    return *gradients, dw.to(w.dtype) if needs_dw else None, None
+    saved, needs_dw = ctx.saved_tensors, ctx.needs_input_grad[3]
+    *gradients, dw = _backward(grad, *saved, ctx.eps, needs_dw)
+    return *gradients, dw.to(saved[3].dtype) if needs_dw else None, None
 
 
 _performer_attention.register_autograd(_differentiate, setup_context=_keep)
@@ -132,6 +144,10 @@ no_second_derivative(_backward, "performer_attention")
 
 @register_flop_formula(torch.ops.t2t_fast.performer_attention)
 def _flops(k: Any, q: Any, v: Any, w: Any, *args: Any, **kwargs: Any) -> int:
+    return flops(k, w)
+
+
+def flops(k: Any, w: Any) -> int:
     """phi of keys and queries, A and p A at 2 T m E each, and the denominator."""
     batch, tokens, dim = k
     return batch * tokens * w[0] * (8 * dim + 2)
@@ -140,4 +156,4 @@ def _flops(k: Any, q: Any, v: Any, w: Any, *args: Any, **kwargs: Any) -> int:
 @register_flop_formula(torch.ops.t2t_fast.performer_attention_backward)
 def _backward_flops(grad: Any, k: Any, q: Any, v: Any, w: Any, *args: Any, **kwargs: Any) -> int:
     """As a chain of products: two for each of the forward's."""
-    return 2 * _flops(k, q, v, w)
+    return 2 * flops(k, w)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..aten.soft_split_linear import fold_norm
-from ..numerics import compute_dtype, no_autocast, product_dtype
+from ..numerics import compute_dtype, is_autocast, no_autocast, product_dtype
 from ..reference.soft_split import as_image, window_grid
 from .availability import cannot_run, no_second_derivative, slower
 
@@ -56,7 +56,7 @@ def can_run(
     *geometry: Any,
 ) -> str | None:
     """None, or why not."""
-    if product_dtype(x) == x.dtype != weight.dtype:
+    if not is_autocast(x) and x.dtype != weight.dtype:
         return f"the input is {x.dtype}, the weight {weight.dtype}: outside autocast they must agree"
     return cannot_run(product_dtype(x), x, weight, bias, norm_weight, norm_bias)
 
