@@ -33,9 +33,16 @@ from rich.table import Table
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from t2t_fast.kernels import configs, performer_attention, soft_split, soft_split_linear, token_performer
+from t2t_fast.kernels import (
+    configs,
+    performer_attention,
+    soft_split,
+    soft_split_linear,
+    soft_split_performer,
+    token_performer,
+)
 from t2t_fast.kernels.launch import Launch
-from t2t_fast.kernels.windows import make_view, make_window
+from t2t_fast.kernels.windows import View, Window, make_view, make_window
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "benchmarks" / "resources.json"
@@ -108,11 +115,24 @@ def shipped_launches(dtype: torch.dtype) -> Iterator[tuple[str, str, Launch, boo
                 tokens, tokens, offset, rstd, coefficient, window.num_features
             )
             yield "soft_split_linear coefficient", use, launch, False
+            if configs.has_config(configs.SOFT_SPLIT_PERFORMER, image.device, dtype):
+                yield "soft_split_performer", use, joined_launch(image, packed, offset, dtype, view, window), True
         plain = window._replace(channels_last=False)
         unfolded = empty(batch, length, window.num_features)
         yield "soft_split forward", use, soft_split.forward_launch(image, unfolded, view, plain), False
         yield "soft_split backward", use, soft_split.backward_launch(unfolded, image, view, plain), False
     yield from performer_launches(dtype)
+
+
+def joined_launch(
+    image: Tensor, packed: Tensor, offset: Tensor, dtype: torch.dtype, view: View, window: Window
+) -> Launch:
+    batch, length, dim, features, splits = image.shape[0], view.grid_h * view.grid_w, packed.shape[0] // 3, 32, 4
+    total = torch.empty(batch, splits, features, device="meta")
+    sums = (total, total, torch.empty(*total.shape, dim, device="meta"))
+    v, exponents = torch.empty(batch, length, dim, dtype=dtype, device="meta"), total.new_empty(batch, length, features)
+    w = torch.empty(features, dim, dtype=dtype, device="meta")
+    return soft_split_performer.forward_launch(image, packed, offset, w, exponents, v, sums, view, window, 1e-5)
 
 
 def performer_launches(dtype: torch.dtype) -> Iterator[tuple[str, str, Launch, bool]]:
@@ -143,9 +163,7 @@ def token_performer_launches(
 ) -> Iterator[tuple[str, str, Launch, bool]]:
     """As :func:`shipped_launches`, of the layer behind the attention, without and with its default dropout."""
     q, v, w, whole, y = tensors
-    if not all(
-        configs.has_config(t, v.device, dtype) for t in (configs.TOKEN_PERFORMER, configs.TOKEN_PERFORMER_BACKWARD)
-    ):
+    if not configs.has_config(configs.TOKEN_PERFORMER, v.device, dtype):
         return
     dim, splits = y.shape[2], parts[0].shape[1]
     layer = token_performer.Layer(
@@ -153,15 +171,21 @@ def token_performer_launches(
     )
     seed = torch.empty(1, dtype=torch.int64, device="meta")
     eps = (1e-8, 1e-5)
+    exponents = torch.empty(*y.shape[:2], w.shape[0], device="meta")
+    nothing = token_performer.make_dropout(None, 0.0, 0.0)
+    launch = token_performer.forward_launch(
+        exponents, y, w, whole, y, layer, nothing, dtype, *eps, splits, from_exponents=True
+    )
+    yield "token_performer forward from exponents", "3136 tokens", launch, True
     for name, dropout in (
-        ("", token_performer.make_dropout(None, 0.0, 0.0)),
+        ("", nothing),
         (" with dropout", token_performer.make_dropout(seed, 0.1, 0.1)),
     ):
         launch = token_performer.forward_launch(q, v, w, whole, y, layer, dropout, dtype, *eps, splits)
         yield f"token_performer forward{name}", "3136 tokens", launch, True
-        launch = token_performer.backward_launch(
-            y, q, v, w, whole, layer, dropout, y, y, parts[1:], layer, None, dtype, *eps
-        )
+        if not configs.has_config(configs.TOKEN_PERFORMER_BACKWARD, v.device, dtype):
+            continue
+        launch = token_performer.backward_launch(y, q, v, w, whole, layer, dropout, y, y, parts[1:], layer, dtype, *eps)
         yield f"token_performer backward{name}", "3136 tokens", launch, True
 
 

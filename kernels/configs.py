@@ -76,6 +76,7 @@ PERFORMER_ATTENTION = Table(
             "float32": _config(4, 1, tokens=32),
             "float64": _config(4, 1, tokens=16),
         },
+        90: {"tf32": _config(4, 1, tokens=64)},
         100: {"tf32": _config(4, 2, tokens=32)},
     }
 )
@@ -89,13 +90,24 @@ PERFORMER_ATTENTION_BACKWARD = Table(
         },
     }
 )
-# Row 0 is the interpreter's. None: the weights and their gradients do not fit a chip's registers.
+# Row 0 is the interpreter's. None: weights, or their gradients, do not fit the registers or the shared memory.
 TOKEN_PERFORMER = Table(
     {
         0: {"float32": _config(4, 1, tokens=16), "float64": _config(4, 1, tokens=16)},
         80: {
             "half": _config(4, 2, tokens=32),
             "tf32": _config(4, 1, tokens=32),
+            "float32": None,
+            "float64": None,
+        },
+    }
+)
+SOFT_SPLIT_PERFORMER = Table(
+    {
+        0: {"float32": _config(4, 1, tokens=16, window=16), "float64": _config(4, 1, tokens=16, window=16)},
+        80: {
+            "half": _config(8, 2, tokens=32, window=32),
+            "tf32": _config(8, 1, tokens=32, window=32),
             "float32": None,
             "float64": None,
         },
@@ -110,7 +122,9 @@ TOKEN_PERFORMER_BACKWARD = Table(
             "float32": None,
             "float64": None,
         },
-        120: {"tf32": None},
+        86: {"tf32": None},  # 99 KiB of shared memory are too few
+        90: {"tf32": _config(8, 1, tokens=16)},
+        120: {"half": None, "tf32": None},
     }
 )
 SOFT_SPLIT_LINEAR_COEFFICIENT = _config(4, 1, tokens=32, out=128)

@@ -39,7 +39,12 @@ from .rows import (
 @triton.jit
 def exponents_of(z, w, EXPONENT_PRECISION: tl.constexpr):
     """w z - |z|²/2 of a tile, (tokens, features); finite whatever z."""
-    products = tl.dot(z, tl.trans(w), input_precision=EXPONENT_PRECISION, out_dtype=z.dtype)
+    if EXPONENT_PRECISION == "tf32x2":
+        high = (w.to(tl.int32, bitcast=True) & ~0x1FFF).to(tl.float32, bitcast=True)
+        products = tl.dot(z, tl.trans(high), input_precision="tf32")
+        products = tl.dot(z, tl.trans(w - high), products, input_precision="tf32")
+    else:
+        products = tl.dot(z, tl.trans(w), input_precision=EXPONENT_PRECISION, out_dtype=z.dtype)
     exponents = products - (0.5 * tl.sum(z * z, 1))[:, None]
     return tl.where(exponents > -1e30, exponents, -1e30)
 
@@ -293,8 +298,10 @@ def _launch(
 
 def precisions(dtype: torch.dtype) -> dict[str, str]:
     """How products with phi, and those in the exponent, are multiplied for rows of ``dtype``."""
-    # Products of 16-bit values lose nothing in TF32; the exponent's second factor is w, which would.
-    dot = "tf32" if dtype.itemsize == 2 else precision(dtype)
+    # 16-bit values are exact in TF32; w is in two parts of it, as float32 values are.
+    if dtype.itemsize == 2:
+        return {"PRECISION": "tf32", "EXPONENT_PRECISION": "tf32x2"}
+    dot = precision(dtype)
     return {"PRECISION": dot, "EXPONENT_PRECISION": "tf32x3" if dot == "tf32" else dot}
 
 

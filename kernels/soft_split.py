@@ -12,15 +12,14 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Config, Launch
-from .windows import GROW_WITH_THE_BATCH as _GROW_WITH_THE_BATCH
-from .windows import View, Window, load_patches
+from .windows import GROW_WITH_THE_BATCH, View, Window, load_patches
 
 # Copies: one configuration does for every chip and dtype.
 _FORWARD = Config({"BLOCK_TOKENS": 32, "BLOCK_FEATURES": 64}, num_warps=4, num_stages=1)
 _BACKWARD = Config({"BLOCK_PIXELS": 64, "BLOCK_CHANNELS": 16}, num_warps=8, num_stages=1)
 
 
-@triton.jit(do_not_specialize=_GROW_WITH_THE_BATCH)
+@triton.jit(do_not_specialize=GROW_WITH_THE_BATCH)
 def _soft_split_forward_kernel(
     image_ptr,
     tokens_ptr,
@@ -39,7 +38,7 @@ def _soft_split_forward_kernel(
     tl.store(ptrs, patches.to(tokens_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=_GROW_WITH_THE_BATCH)
+@triton.jit(do_not_specialize=GROW_WITH_THE_BATCH)
 def _soft_split_backward_kernel(
     grad_ptr,
     d_image_ptr,

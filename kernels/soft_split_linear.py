@@ -29,14 +29,27 @@ from torch import Tensor
 
 from . import configs
 from .launch import Launch, chip_of, precision
-from .windows import GROW_WITH_THE_BATCH as _GROW_WITH_THE_BATCH
-from .windows import View, Window, load_patches, make_view
+from .windows import GROW_WITH_THE_BATCH, View, Window, load_patches, make_view
 
 # Values of a window whose mean is its shift.
-_SAMPLES = 16
+SAMPLES = 16
 
 
-@triton.jit(do_not_specialize=_GROW_WITH_THE_BATCH)
+@triton.jit
+def shift_of(image_ptr, tokens, num_tokens, view, WINDOW: tl.constexpr, SAMPLES: tl.constexpr, dtype: tl.constexpr):
+    """The mean of some of each window's values."""
+    features = tl.arange(0, SAMPLES) * (WINDOW.channels * WINDOW.kernel_h * WINDOW.kernel_w) // SAMPLES
+    return tl.sum(load_patches(image_ptr, tokens, features, num_tokens, view, WINDOW).to(dtype), 1) / SAMPLES
+
+
+@triton.jit
+def statistics_of(total, squares, num_features, EPS: tl.constexpr):
+    """Mean and rstd from the sums of values and of squares."""
+    mean = total / num_features
+    return mean, 1.0 / tl.sqrt(tl.maximum(squares / num_features - mean * mean, 0.0) + EPS)
+
+
+@triton.jit(do_not_specialize=GROW_WITH_THE_BATCH)
 def _soft_split_linear_forward_kernel(
     image_ptr,
     weight_ptr,
@@ -72,9 +85,7 @@ def _soft_split_linear_forward_kernel(
     total = tl.zeros((BLOCK_TOKENS,), accumulator)
     squares = tl.zeros((BLOCK_TOKENS,), accumulator)
     if NORM:
-        offs_sample = tl.arange(0, SAMPLES) * num_features // SAMPLES
-        samples = load_patches(image_ptr, offs_token, offs_sample, num_tokens, view, WINDOW)
-        shift = tl.sum(samples.to(accumulator), 1) / SAMPLES
+        shift = shift_of(image_ptr, offs_token, num_tokens, view, WINDOW, SAMPLES, accumulator)
     for start in range(0, num_features, BLOCK_FEATURES):
         offs_feature = start + tl.arange(0, BLOCK_FEATURES)
         mask_feature = offs_feature < num_features
@@ -93,9 +104,7 @@ def _soft_split_linear_forward_kernel(
             values = patches.to(operand)
         products = tl.dot(values, weight, products, input_precision=PRECISION, out_dtype=accumulator)
     if NORM:
-        mean = total / num_features
-        variance = tl.maximum(squares / num_features - mean * mean, 0.0)
-        rstd = 1.0 / tl.sqrt(variance + EPS)
+        mean, rstd = statistics_of(total, squares, num_features, EPS)
         products *= (rstd / SCALE)[:, None]
         if KEEP_STATISTICS:
             if tl.program_id(1) == 0:
@@ -107,7 +116,7 @@ def _soft_split_linear_forward_kernel(
     tl.store(ptrs, products.to(tokens_ptr.dtype.element_ty), mask=mask_token[:, None] & mask_out[None, :])
 
 
-@triton.jit(do_not_specialize=_GROW_WITH_THE_BATCH)
+@triton.jit(do_not_specialize=GROW_WITH_THE_BATCH)
 def _soft_split_linear_backward_weight_kernel(
     grad_ptr,
     image_ptr,
@@ -166,7 +175,7 @@ def _soft_split_linear_backward_weight_kernel(
             tl.store(d_offset_ptr + row, d_offset, mask=mask_out)
 
 
-@triton.jit(do_not_specialize=_GROW_WITH_THE_BATCH)
+@triton.jit(do_not_specialize=GROW_WITH_THE_BATCH)
 def _soft_split_linear_coefficient_kernel(
     grad_ptr,
     tokens_ptr,
@@ -199,7 +208,7 @@ def _soft_split_linear_coefficient_kernel(
     tl.store(coefficient_ptr + offs_token, along * rstd * rstd / num_features, mask=mask_token)
 
 
-@triton.jit(do_not_specialize=_GROW_WITH_THE_BATCH)
+@triton.jit(do_not_specialize=GROW_WITH_THE_BATCH)
 def _soft_split_linear_backward_input_kernel(
     grad_ptr,
     weight_ptr,
@@ -341,7 +350,7 @@ def forward_launch(
     constants = {
         "WINDOW": window,
         "EPS": eps,
-        "SAMPLES": _SAMPLES,
+        "SAMPLES": SAMPLES,
         "NORM": norm,
         "HAS_OFFSET": offset is not None,
         "KEEP_STATISTICS": statistics is not None,

@@ -172,7 +172,6 @@ def _token_performer_backward_kernel(
     d_total_ptr,
     d_projected_ptr,
     d_layer,
-    dw_ptr,
     grad_rows,
     q_rows,
     v_rows,
@@ -184,7 +183,6 @@ def _token_performer_backward_kernel(
     MLP_DROPPED: tl.constexpr,
     EPS: tl.constexpr,
     NORM_EPS: tl.constexpr,
-    NEEDS_DW: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
     EXPONENT_PRECISION: tl.constexpr,
@@ -194,7 +192,7 @@ def _token_performer_backward_kernel(
     BLOCK_DIM: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr,
 ):
-    """dq and dy, and of one range of tokens what they pass on to S, A Pᵀ, the layer and w."""
+    """dq and dy, and of one range of tokens what they pass on to S, A Pᵀ and the layer."""
     dtype: tl.constexpr = total_ptr.dtype.element_ty
     image, split = tl.program_id(0) // sizes.splits, tl.program_id(0) % sizes.splits
     feature, channel, unit = tl.arange(0, BLOCK_FEATURES), tl.arange(0, BLOCK_DIM), tl.arange(0, BLOCK_HIDDEN)
@@ -205,14 +203,13 @@ def _token_performer_backward_kernel(
     fc1 = load_matrix(layer.fc1_weight, unit, channel, hidden, sizes.dim, OPERAND)
     fc1_bias = load_vector(layer.fc1_bias, unit, hidden, dtype)
     fc2 = load_matrix(layer.fc2_weight, channel, unit, sizes.dim, hidden, OPERAND)
-    d_total = tl.zeros((BLOCK_TOKENS, BLOCK_FEATURES), dtype)
+    d_total = tl.zeros((BLOCK_FEATURES,), dtype)
     d_projected = tl.zeros((BLOCK_FEATURES, BLOCK_DIM), dtype)
-    d_proj_bias = tl.zeros((BLOCK_TOKENS, BLOCK_DIM), dtype)
+    d_proj_bias = tl.zeros((BLOCK_DIM,), dtype)
     d_fc1 = tl.zeros((BLOCK_HIDDEN, BLOCK_DIM), dtype)
-    d_fc1_bias = tl.zeros((BLOCK_TOKENS, BLOCK_HIDDEN), dtype)
+    d_fc1_bias = tl.zeros((BLOCK_HIDDEN,), dtype)
     d_fc2 = tl.zeros((BLOCK_DIM, BLOCK_HIDDEN), dtype)
-    d_fc2_bias = tl.zeros((BLOCK_TOKENS, BLOCK_DIM), dtype)
-    dw = tl.zeros((BLOCK_FEATURES, BLOCK_DIM), dtype)
+    d_fc2_bias = tl.zeros((BLOCK_DIM,), dtype)
     first = split * sizes.per_split
     for start in range(first, tl.minimum(first + sizes.per_split, sizes.tokens), BLOCK_TOKENS):
         token = start + tl.arange(0, BLOCK_TOKENS)
@@ -234,14 +231,13 @@ def _token_performer_backward_kernel(
         d_out = dy
         if MLP_DROPPED > 0:
             d_out = _drop(dy, bits >> 16, MLP_DROPPED)
-        d_fc2_bias += d_out
         d_operand = d_out.to(OPERAND)
-        d_fc2 = tl.dot(
-            tl.trans(d_operand), (h * below).to(OPERAND), d_fc2, input_precision=MLP_PRECISION, out_dtype=dtype
-        )
         dh = tl.dot(d_operand, fc2, input_precision=MLP_PRECISION, out_dtype=dtype)
         dh *= below + h * tl.exp(-0.5 * h * h) * 0.3989422804014327
-        d_fc1_bias += dh
+        active = (h * below).to(OPERAND)
+        d_fc2_bias += tl.sum(d_out, 0)
+        d_fc2 = tl.dot(tl.trans(d_operand), active, d_fc2, input_precision=MLP_PRECISION, out_dtype=dtype)
+        d_fc1_bias += tl.sum(dh, 0)
         d_fc1 = tl.dot(tl.trans(dh.to(OPERAND)), operand, d_fc1, input_precision=MLP_PRECISION, out_dtype=dtype)
         dz = tl.dot(dh.to(OPERAND), fc1, input_precision=MLP_PRECISION, out_dtype=dtype)
         dz -= (tl.sum(dz, 1) / sizes.dim)[:, None] + z * (tl.sum(z * dz, 1) / sizes.dim)[:, None]
@@ -249,29 +245,25 @@ def _token_performer_backward_kernel(
         store_rows(dv_ptr, dy, image, token, channel, dv_rows, sizes)
         if PROJ_DROPPED > 0:
             dy = _drop(dy, bits, PROJ_DROPPED)
-        d_proj_bias += dy
-        d_projected = tl.dot(tl.trans(weights), dy, d_projected, input_precision=PRECISION, out_dtype=dtype)
+        d_proj_bias += tl.sum(dy, 0)
         d_weights = tl.dot(dy, tl.trans(projected), input_precision=PRECISION, out_dtype=dtype)
         along = tl.sum(weights * d_weights, 1)
-        d_total -= along[:, None] * weights
+        d_total -= tl.sum(along[:, None] * weights, 0)
         d_exponents = weights * (d_weights - along[:, None] * total[None, :])
         dq = tl.dot(d_exponents, w, input_precision=PRECISION, out_dtype=dtype)
         dq -= q * tl.sum(d_exponents, 1)[:, None]
+        d_projected = tl.dot(tl.trans(weights), dy, d_projected, input_precision=PRECISION, out_dtype=dtype)
         store_rows(dq_ptr, dq, image, token, channel, dq_rows, sizes)
-        if NEEDS_DW:
-            dw = tl.dot(tl.trans(d_exponents), q, dw, input_precision=PRECISION, out_dtype=dtype)
     program = tl.program_id(0).to(tl.int64)
     row = program * sizes.features
-    store_vector(d_total_ptr + row, tl.sum(d_total, 0), feature, sizes.features)
+    store_vector(d_total_ptr + row, d_total, feature, sizes.features)
     store_matrix(d_projected_ptr + row * sizes.dim, d_projected, feature, channel, sizes.features, sizes.dim)
-    if NEEDS_DW:
-        store_matrix(dw_ptr + row * sizes.dim, dw, feature, channel, sizes.features, sizes.dim)
+    store_vector(d_layer.proj_bias + program * sizes.dim, d_proj_bias, channel, sizes.dim)
     weight = program * hidden * sizes.dim
-    store_vector(d_layer.proj_bias + program * sizes.dim, tl.sum(d_proj_bias, 0), channel, sizes.dim)
     store_matrix(d_layer.fc1_weight + weight, d_fc1, unit, channel, hidden, sizes.dim)
-    store_vector(d_layer.fc1_bias + program * hidden, tl.sum(d_fc1_bias, 0), unit, hidden)
+    store_vector(d_layer.fc1_bias + program * hidden, d_fc1_bias, unit, hidden)
     store_matrix(d_layer.fc2_weight + weight, d_fc2, channel, unit, sizes.dim, hidden)
-    store_vector(d_layer.fc2_bias + program * sizes.dim, tl.sum(d_fc2_bias, 0), channel, sizes.dim)
+    store_vector(d_layer.fc2_bias + program * sizes.dim, d_fc2_bias, channel, sizes.dim)
 
 
 def _options(v: Tensor, layer: Layer, dtype: torch.dtype) -> dict[str, object]:
@@ -327,24 +319,22 @@ def backward_launch(
     dv: Tensor,
     d_sums: tuple[Tensor, Tensor],
     d_layer: Layer,
-    dw: Tensor | None,
     dtype: torch.dtype,
     eps: float,
     norm_eps: float,
 ) -> Launch:
-    """Fill dq and the skip's share of dv (B, T, E); and per range (B, splits, ...) dS, d(A Pᵀ), the layer's, dw."""
+    """Fill dq and the skip's share of dv (B, T, E); and per range (B, splits, ...) dS, d(A Pᵀ), the layer's."""
     config = config_of(configs.TOKEN_PERFORMER_BACKWARD, v, w.shape[0])
     splits = d_sums[0].shape[1]
     sizes = make_sizes(v, w.shape[0], splits, config.blocks["BLOCK_TOKENS"])
     rows = (Rows(*t.stride()) for t in (grad, q, v, dq, dv))
-    gradients = (dq, dv, *d_sums, d_layer, dw)
+    gradients = (dq, dv, *d_sums, d_layer)
     args = (grad, q, v, w, *sums, layer, dropout.seed, *gradients, *rows, sizes, layer.fc1_weight.shape[0])
     constants = {
         "PROJ_DROPPED": dropout.proj,
         "MLP_DROPPED": dropout.mlp,
         "EPS": eps,
         "NORM_EPS": norm_eps,
-        "NEEDS_DW": dw is not None,
         **_options(v, layer, dtype),
     }
     return Launch(_token_performer_backward_kernel, (v.shape[0] * splits,), args, constants, config)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,10 @@ import triton
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "benchmarks" / "resources.py"
 TABLE = json.loads((ROOT / "benchmarks" / "resources.json").read_text())
+
+
+# KiB that a block gets at most; at 80, what 8.6 gives, but for TF32's backward, which 8.6 does not take.
+SHARED = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -30,13 +35,18 @@ def test_the_table_is_complete_and_clean() -> None:
     rows = TABLE["rows"]
     assert {row["arch"] for row in rows} == {80, 89, 90, 100, 120}
     assert {row["kind"] for row in rows} == {"float16", "bfloat16", "tf32", "float32"}
-    assert len({key(row) for row in rows}) == len(rows) == 25 * 20
+    assert len({key(row) for row in rows}) == len(rows)
+    counts = Counter((row["arch"], row["kind"]) for row in rows)
+    for (arch, kind), count in counts.items():
+        # What is not built there: see None in kernels/configs.py.
+        inference, training = kind != "float32", kind != "float32" and arch != 120 and (arch, kind) != (89, "tf32")
+        assert count == 25 + 5 * inference + 2 * training, (arch, kind)
     for row in rows:
         assert row["spilled_bytes"] == 0, key(row)
         assert row["registers"] <= 255
-        assert row["shared_bytes"] <= 99 * 1024, key(row)  # what the smallest of these chips gives to a block
+        assert row["shared_bytes"] <= SHARED[row["arch"]] * 1024, key(row)
         assert bool(row["tensor_cores"]) == (row["multiplies"] and row["kind"] != "float32"), key(row)
-        if row["arch"] == 90 and row["tensor_cores"] and row["kernel"].startswith("soft_split"):
+        if row["arch"] == 90 and row["tensor_cores"] and row["kernel"].startswith("soft_split_linear"):
             assert row["tensor_cores"] == ["wgmma.mma_async"]  # the Performer's tiles are too small for it
 
 

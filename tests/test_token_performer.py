@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -37,6 +38,24 @@ def make(tokens: int, dim: int, features: int, hidden: int, dtype: torch.dtype =
     return [t.to(dtype) for t in tensors]
 
 
+ALL_BUT_W = (0, *range(2, 10))
+
+
+def pick(tensors: Sequence[Any], which: slice | tuple[int, ...]) -> list[Any]:
+    return list(tensors[which]) if isinstance(which, slice) else [tensors[i] for i in which]
+
+
+def frozen(tensors: Sequence[Tensor], *rates: float, backend: str) -> Callable[..., Tensor]:
+    """The layer as a function of all tensors but w, as in the models, which do not learn it."""
+    w = tensors[1].detach()
+    return lambda kqv, *weights: ops.token_performer(kqv, w, *weights, *rates, backend=backend)
+
+
+def learned(*rates: float, backend: str) -> Callable[..., Tensor]:
+    """The layer as a function of all tensors."""
+    return lambda *tensors: ops.token_performer(*tensors, *rates, backend=backend)
+
+
 def by_modules(tensors: list[Tensor]) -> Tensor:
     """The layer out of torch's own modules, the attention as a T x T matrix."""
     kqv, w, proj_w, proj_b, norm_w, norm_b, fc1_w, fc1_b, fc2_w, fc2_b = tensors
@@ -62,16 +81,18 @@ def test_forward_and_gradients(
     assert_close(got, want, dtype, tokens + dim)
     grad = torch.randn_like(want).to(dtype)
     wanted = reference.backward(grad.double(), *exact, *EXACT)
-    found = gradients(lambda *t: ops.token_performer(*t, backend=backend), tensors, grad)
-    for g, w in zip(found, wanted, strict=True):
-        assert_close(g, w, dtype, 2 * tokens * dim, grad=True)
+    for layer, chosen in ((frozen(tensors, backend=backend), ALL_BUT_W), (learned(backend=backend), slice(None))):
+        found = gradients(layer, pick(tensors, chosen), grad)
+        for g, w in zip(found, pick(wanted, chosen), strict=True):
+            assert_close(g, w, dtype, 2 * tokens * dim, grad=True)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradcheck(backend: str) -> None:
     inputs = leaves(*make(3, 4, 2, 5))
-    function = lambda *t: ops.token_performer(*t, backend=backend)  # noqa: E731
-    assert torch.autograd.gradcheck(function, inputs)
+    function = learned(backend=backend)
+    assert torch.autograd.gradcheck(function, inputs, fast_mode=backend == "triton")
+    assert torch.autograd.gradcheck(frozen(inputs, backend=backend), pick(inputs, ALL_BUT_W))
     if backend != "triton":  # which refuses second derivatives
         assert torch.autograd.gradgradcheck(function, inputs)
     assert torch.autograd.gradcheck(hand_written(reference.forward, reference.backward, 10), (*inputs, *EXACT))
@@ -82,11 +103,13 @@ def test_gradcheck(backend: str) -> None:
 def test_gradcheck_with_dropout(rates: tuple[float, float], backend: str) -> None:
     """The masks of the forward pass are the masks of the backward pass."""
 
+    inputs = leaves(*make(4, 5, 3, 5))
+    inputs[1] = inputs[1].detach()
+
     def function(*tensors: Tensor) -> Tensor:
         torch.manual_seed(3)
         return ops.token_performer(*tensors, *rates, backend=backend)
 
-    inputs = leaves(*make(4, 5, 3, 5))
     assert torch.autograd.gradcheck(function, inputs, fast_mode=backend == "triton")
     if backend == "triton":
         return
@@ -181,13 +204,11 @@ def test_any_rate_keeps_the_expectation(rate: float) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_checkpointing_replays_the_masks(backend: str) -> None:
     tensors = [t.requires_grad_() for t in make(12, 16, 8, 16)]
+    layer, inputs = frozen(tensors, 0.3, 0.3, backend=backend), pick(tensors, ALL_BUT_W)
 
     def gradients_of(layer: Callable[..., Tensor]) -> tuple[Tensor, ...]:
         torch.manual_seed(11)
-        return torch.autograd.grad(layer(*tensors).square().sum(), tensors)
-
-    def layer(*tensors: Tensor) -> Tensor:
-        return ops.token_performer(*tensors, 0.3, 0.3, backend=backend)
+        return torch.autograd.grad(layer(*inputs).square().sum(), inputs)
 
     direct = gradients_of(layer)
     again = gradients_of(lambda *t: checkpoint(layer, *t, use_reentrant=False))
@@ -200,7 +221,7 @@ def test_too_wide_for_the_registers() -> None:
         tensors = make(9, dim, 8, hidden)
         grad = torch.randn(2, 9, dim, dtype=torch.float64)
         found, want = (
-            gradients(lambda *t, b=backend: ops.token_performer(*t, backend=b), tensors, grad)
+            gradients(frozen(tensors, backend=backend), pick(tensors, ALL_BUT_W), grad)
             for backend in ("triton", "reference")
         )
         for f, w in zip(found, want, strict=True):
@@ -212,7 +233,8 @@ def test_any_scale_of_keys_and_queries_in_triton(std: float) -> None:
     """Denominators below float32's smallest number, exponentials above its largest: finite, values and gradients."""
     tensors = make(40, 32, 16, 32, torch.float32)
     tensors[0][..., :64] *= std / 0.7
-    found = gradients(lambda *t: ops.token_performer(*t, 0.1, 0.1, backend="triton"), tensors, torch.randn(2, 40, 32))
+    layer = frozen(tensors, 0.1, 0.1, backend="triton")
+    found = gradients(layer, pick(tensors, ALL_BUT_W), torch.randn(2, 40, 32))
     assert all(torch.isfinite(f).all() for f in found)
 
 
@@ -225,17 +247,17 @@ def test_autocast_in_triton() -> None:
     wanted = reference.backward(grad.double(), *exact, *EXACT)
     with torch.autocast(grad.device.type, dtype=torch.float16):
         out = ops.token_performer(*tensors, backend="triton")
-        found = gradients(lambda *t: ops.token_performer(*t, backend="triton"), tensors, grad)
+        found = gradients(frozen(tensors, backend="triton"), pick(tensors, ALL_BUT_W), grad)
     assert out.dtype == torch.float16
     assert_close(out, by_modules(exact), torch.float16, 50)
-    for f, w, t in zip(found, wanted, tensors, strict=True):
+    for f, w, t in zip(found, pick(wanted, ALL_BUT_W), pick(tensors, ALL_BUT_W), strict=True):
         assert f.dtype == t.dtype
         assert_close(f, w, torch.float16, 2 * 33 * 16, grad=True)
 
 
 def test_needs_less_memory_than_autograd() -> None:
     """What backward keeps: no LayerNorm output, no GELU output, no projected attention."""
-    tensors = [t.requires_grad_() for t in make(128, 64, 32, 64, torch.float32)]
+    tensors = [t.requires_grad_(i != 1) for i, t in enumerate(make(128, 64, 32, 64, torch.float32))]
     sizes: dict[str, int] = {}
     for backend in BACKENDS:
         seen: dict[int, int] = {}

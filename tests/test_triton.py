@@ -35,7 +35,10 @@ def operators() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     library = torch.ops.t2t_fast
     f32 = torch.float32
     shapes = ((2, 9, 48), (8, 16), (16, 16), (16,), (24, 16), (24,), (16, 24), (16,))
-    layer, sums = [image(*shape) for shape in shapes], (*torch.rand(2, 2, 8), torch.rand(2, 8, 16))
+    layer, sums = (
+        [image(*shape).requires_grad_(shape != (8, 16)) for shape in shapes],
+        (*torch.rand(2, 2, 8), torch.rand(2, 8, 16)),
+    )
     seed = torch.randint(2**63 - 1, (1,))
     return {
         "soft_split": (library.soft_split, (x, *GEOMETRY)),
@@ -62,7 +65,21 @@ def operators() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "token_performer with dropout": (library.token_performer, (*layer, seed, f32, 0.1, 0.2, 1e-8, 1e-5)),
         "token_performer_backward": (
             library.token_performer_backward,
-            (torch.randn(2, 9, 16), *(t.detach() for t in layer), seed, *sums, f32, 0.1, 0.2, 1e-8, 1e-5, True),
+            (torch.randn(2, 9, 16), *(t.detach() for t in layer), seed, *sums, f32, 0.1, 0.2, 1e-8, 1e-5),
+        ),
+        "soft_split_performer": (
+            library.soft_split_performer,
+            (
+                x.detach(),
+                torch.randn(48, 45),
+                torch.randn(48),
+                *(t.detach() for t in layer[1:]),
+                f32,
+                *GEOMETRY,
+                1e-5,
+                1e-8,
+                1e-5,
+            ),
         ),
         "soft_split_linear_backward_input": (
             library.soft_split_linear_backward_input,
@@ -282,19 +299,14 @@ def test_the_model_takes_the_kernels() -> None:
     images = torch.randn(2, 3, 32, 32)
     with t2t_fast.use_backend("reference"):
         want = model.eval()(images)
-    assert t2t_fast.explain(model, images).backends()["soft_split_linear"] == {"aten"}  # float32, IEEE
-    got = with_triton_splits(model, images)
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-
-
-def with_triton_splits(model: torch.nn.Module, images: Tensor) -> Tensor:
-    """The model with every soft split in Triton, and all else as it comes."""
-    from t2t_fast.layers import token_performer, tokens_to_token
-
+    ran = t2t_fast.explain(model, images).backends()
+    assert ran["soft_split_performer"] == ran["soft_split_linear"] == {"aten"}  # float32, IEEE
+    with t2t_fast.use_backend("triton"):
+        tokens = model.tokens_to_token(images)
     with pytest.MonkeyPatch.context() as patch:
-        for layer in (token_performer, tokens_to_token):
-            patch.setattr(layer, "soft_split_linear", lambda *a, **k: ops.soft_split_linear(*a, **k | TRITON))
-        return model(images)
+        patch.setattr(model.tokens_to_token, "forward", lambda x: tokens)
+        got = model(images)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
 def test_reference_is_what_the_operator_computes() -> None:

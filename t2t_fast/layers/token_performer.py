@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops import soft_split_linear, token_performer
+from ..ops import soft_split_performer
 
-torch.fx.wrap("soft_split_linear")
-torch.fx.wrap("token_performer")
+torch.fx.wrap("soft_split_performer")
 
 
 class TokenPerformer(nn.Module):
@@ -71,20 +70,12 @@ class TokenPerformer(nn.Module):
 
     def forward(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Image (B, C, H, W), or tokens (B, H*W, C) with ``grid=(H, W)``, to tokens (B, L, token_dim)."""
-        norm1, kqv = self.norm1, self.kqv
-        kqv_tokens = soft_split_linear(
+        return soft_split_performer(
             x,
-            kqv.weight,
-            kqv.bias,
-            norm1.weight,
-            norm1.bias,
-            *self.window,
-            grid=grid,
-            eps=norm1.eps,
-            backend=self.backend,
-        )
-        return token_performer(
-            kqv_tokens,
+            self.kqv.weight,
+            self.kqv.bias,
+            self.norm1.weight,
+            self.norm1.bias,
             self.w,
             self.proj.weight,
             self.proj.bias,
@@ -94,9 +85,12 @@ class TokenPerformer(nn.Module):
             self.mlp[0].bias,
             self.mlp[2].weight,
             self.mlp[2].bias,
+            *self.window,
+            grid=grid,
             proj_drop=self.dp.p if self.training else 0.0,
             mlp_drop=self.mlp[3].p if self.training else 0.0,
             eps=self.epsilon,
-            norm_eps=self.norm2.eps,
+            norm1_eps=self.norm1.eps,
+            norm2_eps=self.norm2.eps,
             backend=self.backend,
         )

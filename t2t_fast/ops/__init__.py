@@ -10,6 +10,7 @@ from .se_gate import se_gate
 from .se_mlp import se_mlp
 from .soft_split import soft_split
 from .soft_split_linear import soft_split_linear
+from .soft_split_performer import soft_split_performer
 from .token_performer import token_performer
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "se_mlp",
     "soft_split",
     "soft_split_linear",
+    "soft_split_performer",
     "token_performer",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -65,18 +66,36 @@ def soft_split_linear(
         ValueError: Shapes do not fit together.
         BackendUnavailable: ``backend`` names one that cannot run here.
     """
+    checked = check_soft_split_linear(x, weight, bias, norm_weight, norm_bias, kernel_size, stride, padding, grid)
+    return _OP(backend, *checked, eps)
+
+
+def check_soft_split_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int],
+    padding: int | Sequence[int],
+    grid: Sequence[int] | None,
+    linear: str = "",
+    norm: str = "norm_",
+) -> tuple[Any, ...]:
+    """The implementations' arguments up to eps; ``linear`` and ``norm`` are how their weights' names begin."""
     geometry, grid_ = check_soft_split(x, kernel_size, stride, padding, grid)
     kernel = geometry[0]
     channels = x.shape[1] if grid_ is None else x.shape[2]
     n = channels * kernel[0] * kernel[1]
-    check_tensor("weight", weight, 2)
-    check_shape("weight", weight, (weight.shape[0], n), "(out, C*kh*kw)")
+    check_tensor(f"{linear}weight", weight, 2)
+    check_shape(f"{linear}weight", weight, (weight.shape[0], n), "(out, C*kh*kw)")
     if bias is not None:
-        check_shape("bias", bias, (weight.shape[0],), "(out,)")
+        check_shape(f"{linear}bias", bias, (weight.shape[0],), "(out,)")
     if norm_weight is not None:
-        check_shape("norm_weight", norm_weight, (n,), "(C*kh*kw,)")
+        check_shape(f"{norm}weight", norm_weight, (n,), "(C*kh*kw,)")
     if norm_bias is not None:
         if norm_weight is None:
-            raise ValueError("norm_bias was given without norm_weight; pass both, norm_weight alone, or neither")
-        check_shape("norm_bias", norm_bias, (n,), "(C*kh*kw,)")
-    return _OP(backend, x, weight, bias, norm_weight, norm_bias, *geometry, grid_, eps)
+            raise ValueError(f"{norm}bias was given without {norm}weight; pass both, {norm}weight alone, or neither")
+        check_shape(f"{norm}bias", norm_bias, (n,), "(C*kh*kw,)")
+    return x, weight, bias, norm_weight, norm_bias, *geometry, grid_

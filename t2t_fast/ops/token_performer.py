@@ -76,6 +76,27 @@ def token_performer(
     check_tensor("kqv", kqv, 3)
     width = kqv.shape[2] // 3
     check_shape("kqv", kqv, (*kqv.shape[:2], 3 * width), "(B, T, 3E)")
+    layer = (w, proj_weight, proj_bias, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    check_layer(width, *layer, proj_drop, mlp_drop)
+    return _OP(backend, kqv, *layer, proj_drop, mlp_drop, eps, norm_eps)
+
+
+def check_layer(
+    width: int,
+    w: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    proj_drop: float,
+    mlp_drop: float,
+    norm: str = "norm_",
+) -> None:
+    """Raise unless these belong to tokens of ``width`` E; ``norm`` is how the LayerNorm's names begin."""
     check_tensor("w", w, 2)
     check_shape("w", w, (w.shape[0], width), "(m, E)")
     check_tensor("fc1_weight", fc1_weight, 2)
@@ -84,10 +105,8 @@ def token_performer(
     check_shape("fc1_weight", fc1_weight, (hidden, width), "(hidden, E)")
     check_shape("fc2_weight", fc2_weight, (width, hidden), "(E, hidden)")
     check_shape("fc1_bias", fc1_bias, (hidden,), "(hidden,)")
-    vectors = {"proj_bias": proj_bias, "norm_weight": norm_weight, "norm_bias": norm_bias, "fc2_bias": fc2_bias}
+    vectors = {"proj_bias": proj_bias, f"{norm}weight": norm_weight, f"{norm}bias": norm_bias, "fc2_bias": fc2_bias}
     for name, vector in vectors.items():
         check_shape(name, vector, (width,), "(E,)")
     check_probability("proj_drop", proj_drop)
     check_probability("mlp_drop", mlp_drop)
-    tensors = (kqv, w, proj_weight, proj_bias, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    return _OP(backend, *tensors, proj_drop, mlp_drop, eps, norm_eps)

@@ -19,7 +19,7 @@ from .availability import cannot_run, no_second_derivative, slower
 
 Pair = tuple[int, int]
 
-_GEOMETRY = "int[2] kernel_size, int[2] stride, int[2] padding"
+GEOMETRY = "int[2] kernel_size, int[2] stride, int[2] padding"
 
 
 def forward(
@@ -69,7 +69,7 @@ def is_slower(x: Tensor, *rest: Any) -> str | None:
 @torch.library.custom_op(
     "t2t_fast::soft_split_linear",
     mutates_args=(),
-    schema=f"(Tensor image, Tensor weight, Tensor? offset, ScalarType dtype, {_GEOMETRY}, bool norm, float eps, "
+    schema=f"(Tensor image, Tensor weight, Tensor? offset, ScalarType dtype, {GEOMETRY}, bool norm, float eps, "
     "bool differentiate) -> (Tensor, Tensor, Tensor)",
 )
 def _soft_split_linear(
@@ -87,7 +87,7 @@ def _soft_split_linear(
     """Tokens (B, L, out) of ``dtype``, and each token's mean and rstd (B, L): empty unless they will be needed."""
     from ..kernels import soft_split_linear as kernels
 
-    window, view = _locate(image, kernel_size, stride, padding)
+    window, view = locate(image, kernel_size, stride, padding)
     tokens, *statistics = _outputs(image, weight, dtype, (view.grid_h, view.grid_w), norm and differentiate)
     kernels.forward_launch(
         image,
@@ -106,7 +106,7 @@ def _soft_split_linear(
 @torch.library.custom_op(
     "t2t_fast::soft_split_linear_backward_weight",
     mutates_args=(),
-    schema=f"(Tensor grad, Tensor image, Tensor mean, Tensor rstd, ScalarType dtype, {_GEOMETRY}, bool norm, "
+    schema=f"(Tensor grad, Tensor image, Tensor mean, Tensor rstd, ScalarType dtype, {GEOMETRY}, bool norm, "
     "bool has_offset) -> (Tensor, Tensor)",
 )
 def _backward_weight(
@@ -124,7 +124,7 @@ def _backward_weight(
     """Gradients of the weight (out, n) and the offset (out,), in float32 or better."""
     from ..kernels import soft_split_linear as kernels
 
-    window, view = _locate(image, kernel_size, stride, padding)
+    window, view = locate(image, kernel_size, stride, padding)
     accumulator, out_features = compute_dtype(grad), grad.shape[2]
     splits = kernels.num_splits(grad.shape[0] * grad.shape[1], window, out_features, dtype, grad.device)
     d_weight = grad.new_empty(splits, out_features, window.num_features, dtype=accumulator)
@@ -141,7 +141,7 @@ def _backward_weight(
     "t2t_fast::soft_split_linear_backward_input",
     mutates_args=(),
     schema="(Tensor grad, Tensor image, Tensor weight, Tensor? offset, Tensor tokens, Tensor mean, Tensor rstd, "
-    f"ScalarType dtype, {_GEOMETRY}, bool norm) -> Tensor",
+    f"ScalarType dtype, {GEOMETRY}, bool norm) -> Tensor",
 )
 def _backward_input(
     grad: Tensor,
@@ -160,7 +160,7 @@ def _backward_input(
     """Gradient of the image."""
     from ..kernels import soft_split_linear as kernels
 
-    window, view = _locate(image, kernel_size, stride, padding)
+    window, view = locate(image, kernel_size, stride, padding)
     grad, d_image, device = grad.contiguous(), torch.empty_like(image), image.device
     packed = kernels.pack_weight(weight, window, dtype)
     statistics = None
@@ -172,7 +172,7 @@ def _backward_input(
     return d_image
 
 
-def _locate(image: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Any:
+def locate(image: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Any:
     from ..kernels.windows import make_view, make_window
 
     # Neighbouring channels together where they lie together in memory, and are enough to be worth it.

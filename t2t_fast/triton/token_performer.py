@@ -1,7 +1,8 @@
 """The Performer token layer as ``torch.ops.t2t_fast.token_performer``: two passes over the tokens in each direction.
 
 The LayerNorm's affine is folded into fc1 by plain tensor operations outside, whose gradients autograd takes. Where a
-layer does not fit the registers (too wide, or float32 without TF32), the attention kernels and library operations run.
+layer does not fit the chip (too wide, or float32 without TF32) or w is to be learned, the attention kernels and library
+operations run.
 """
 
 from __future__ import annotations
@@ -39,8 +40,9 @@ def forward(
     norm_eps: float,
 ) -> Tensor:
     """(B, T, 3E) to (B, T, E); see :func:`t2t_fast.ops.token_performer`."""
-    if not is_fused(kqv, w, fc1_weight):
-        tensors = (kqv, w, proj_weight, proj_bias, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    tensors = (kqv, w, proj_weight, proj_bias, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    fused = is_fused(kqv.device, kqv.dtype, w, fc1_weight, wants_gradient(*tensors))
+    if not fused or wants_gradient(w):
         rates = (proj_drop, mlp_drop, eps, norm_eps)
         return reference.forward(*tensors, *rates, attention=performer_attention.forward)
     dtype = product_dtype(kqv)
@@ -51,16 +53,21 @@ def forward(
         return _token_performer(kqv, w, proj_weight, proj_bias, *layer, seed, dtype, *rates)[0]
 
 
-def is_fused(kqv: Tensor, w: Tensor, fc1_weight: Tensor) -> bool:
-    """Whether the layer's own kernels take it."""
-    return max(*w.shape, *fc1_weight.shape) <= _WIDEST and _has_configs(kqv.device, kqv.dtype)
+def is_fused(device: torch.device, dtype: torch.dtype, w: Tensor, fc1_weight: Tensor, differentiate: bool) -> bool:
+    """Whether the layer's own kernels take keys, queries and values of ``dtype``."""
+    return max(*w.shape, *fc1_weight.shape) <= _WIDEST and _has_configs(device, dtype, differentiate)
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd will ask for a gradient of one of them."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 @torch.compiler.assume_constant_result
-def _has_configs(device: torch.device, dtype: torch.dtype) -> bool:
+def _has_configs(device: torch.device, dtype: torch.dtype, differentiate: bool) -> bool:
     from ..kernels import configs
 
-    tables = (configs.TOKEN_PERFORMER, configs.TOKEN_PERFORMER_BACKWARD)
+    tables = (configs.TOKEN_PERFORMER, configs.TOKEN_PERFORMER_BACKWARD)[: 1 + differentiate]
     return all(configs.has_config(table, device, dtype) for table in tables)
 
 
@@ -82,8 +89,13 @@ def can_run(kqv: Tensor, w: Tensor, proj_weight: Tensor, *rest: Any) -> str | No
     """None, or why not."""
     if not is_autocast(kqv) and kqv.dtype != proj_weight.dtype:
         return f"kqv is {kqv.dtype}, the weights {proj_weight.dtype}: outside autocast they must agree"
-    tensors = (w, proj_weight, *(t for t in rest if isinstance(t, Tensor)))
-    return performer_attention.too_wide(w) or cannot_run(product_dtype(kqv), kqv, *tensors)
+    return cannot_run_layer(kqv, product_dtype(kqv), w, proj_weight, *rest)
+
+
+def cannot_run_layer(x: Tensor, dtype: torch.dtype, w: Tensor, *rest: Any) -> str | None:
+    """Why a layer of these arguments cannot run behind ``x``; None if it can."""
+    tensors = (t for t in rest if isinstance(t, Tensor))
+    return performer_attention.too_wide(w) or cannot_run(dtype, x, w, *tensors)
 
 
 def is_slower(kqv: Tensor, *rest: Any) -> str | None:
@@ -149,8 +161,8 @@ def _(kqv: Tensor, w: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tenso
     mutates_args=(),
     schema="(Tensor grad, Tensor kqv, Tensor w, Tensor proj_weight, Tensor proj_bias, Tensor fc1_weight, "
     "Tensor fc1_bias, Tensor fc2_weight, Tensor fc2_bias, Tensor? seed, Tensor largest, Tensor total, Tensor summary, "
-    "ScalarType dtype, float proj_drop, float mlp_drop, float eps, float norm_eps, bool needs_dw) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "ScalarType dtype, float proj_drop, float mlp_drop, float eps, float norm_eps) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _backward(
     grad: Tensor,
@@ -171,9 +183,8 @@ def _backward(
     mlp_drop: float,
     eps: float,
     norm_eps: float,
-    needs_dw: bool,
 ) -> tuple[Tensor, ...]:
-    """Gradients of kqv, and in float32 or better of w (m, E), or empty, and of the weights."""
+    """Gradients of kqv, and in float32 or better of the weights."""
     from ..kernels import performer_attention as attention_kernels
     from ..kernels import token_performer as kernels
     from ..kernels.rows import num_splits
@@ -185,7 +196,6 @@ def _backward(
     dk, dq, dv = d_kqv.chunk(3, dim=-1)
     _, d_total, d_projected = performer_attention.sums_of(v, w, splits)
     d_layer = kernels.Layer(*(d_total.new_empty(*d_total.shape[:2], *t.shape) for t in layer))
-    dw: list[Any] = [torch.empty_like(d_projected) for _ in range(2)] if needs_dw else [None, None]
     dropout = kernels.make_dropout(seed, proj_drop, mlp_drop)
     kernels.backward_launch(
         grad,
@@ -199,7 +209,6 @@ def _backward(
         dv,
         (d_total, d_projected),
         d_layer,
-        dw[0],
         dtype,
         eps,
         norm_eps,
@@ -207,11 +216,10 @@ def _backward(
     d_total, d_projected = d_total.sum(dim=1), d_projected.sum(dim=1)
     d_summary = d_projected @ proj_weight.to(summary.dtype)
     attention_kernels.backward_key_launch(
-        k, v, w, largest, d_total, d_summary, dk, dv, dw[1], splits, add_to_dv=True
+        k, v, w, largest, d_total, d_summary, dk, dv, None, splits, add_to_dv=True
     ).run(device)
-    total_dw: Any = sum(d.sum(dim=(0, 1)) for d in dw) if needs_dw else largest.new_empty(0)
     d_proj_weight = d_projected.flatten(0, 1).t() @ summary.flatten(0, 1)
-    return d_kqv, total_dw, d_proj_weight, *(d.sum(dim=(0, 1)) for d in d_layer)
+    return d_kqv, d_proj_weight, *(d.sum(dim=(0, 1)) for d in d_layer)
 
 
 @_backward.register_fake
@@ -227,10 +235,9 @@ def _(
     fc2_bias: Tensor,
     *rest: Any,
 ) -> tuple[Tensor, ...]:
-    largest, needs_dw = rest[1], rest[-1]
     weights = (proj_weight, proj_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     d_kqv = torch.empty(kqv.shape, dtype=kqv.dtype, device=kqv.device)
-    return d_kqv, largest.new_empty(w.shape if needs_dw else (0,)), *(largest.new_empty(t.shape) for t in weights)
+    return d_kqv, *(rest[1].new_empty(t.shape) for t in weights)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -240,9 +247,9 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _differentiate(ctx: Any, grad: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
-    saved, wanted = ctx.saved_tensors, ctx.needs_input_grad  # saved tensors are unpacked once: checkpointing insists
-    gradients = _backward(grad, *saved, *ctx.rest, wanted[1])
-    return *(g.to(t.dtype) if n else None for g, t, n in zip(gradients, saved, wanted, strict=False)), *(None,) * 6
+    saved = ctx.saved_tensors  # unpacked once: checkpointing insists
+    d_kqv, *gradients = _backward(grad, *saved, *ctx.rest)
+    return d_kqv, None, *(g.to(t.dtype) for g, t in zip(gradients, saved[2:8], strict=True)), *(None,) * 6
 
 
 _token_performer.register_autograd(_differentiate, setup_context=_keep)
@@ -253,9 +260,13 @@ no_second_derivative(_backward, "token_performer")
 def _flops(kqv: Any, w: Any, proj_weight: Any, proj_bias: Any, fc1_weight: Any, *args: Any, **kwargs: Any) -> int:
     """The attention's, and a product with proj, fc1 and fc2 per token as the literal layer has them."""
     batch, tokens, triple = kqv
-    dim = triple // 3
-    attention = performer_attention.flops((batch, tokens, dim), w)
-    return attention + 2 * batch * tokens * dim * (dim + 2 * fc1_weight[0])
+    return flops((batch, tokens, triple // 3), w, fc1_weight)
+
+
+def flops(tokens: Any, w: Any, fc1_weight: Any) -> int:
+    """Of the layer on tokens (B, T, E)."""
+    batch, length, dim = tokens
+    return performer_attention.flops(tokens, w) + 2 * batch * length * dim * (dim + 2 * fc1_weight[0])
 
 
 @register_flop_formula(torch.ops.t2t_fast.token_performer_backward)

@@ -1,0 +1,193 @@
+"""ops.soft_split_performer: a whole stage, joined in Triton, against its two ops in float64."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from helpers import assert_close, gradients, skip_unless_possible
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from t2t_fast import ops, use_backend
+from t2t_fast.layers import TokensToToken
+from t2t_fast.reference import soft_split_performer as reference
+from t2t_fast.triton import soft_split_performer as triton
+
+pytestmark = pytest.mark.usefixtures("on_device", "poisoned")
+
+BACKENDS = ("reference", "aten", "triton")
+# Shape of the input, its grid, kernel, stride, padding, E, m, hidden units.
+CASES: dict[str, tuple[Any, ...]] = {
+    "image": ((2, 3, 30, 23), None, 7, 4, 2, 24, 12, 24),
+    "tokens": ((3, 35, 20), (5, 7), 3, 2, 1, 16, 8, 40),
+    "one token": ((2, 5, 4, 3), None, (4, 3), 1, 0, 16, 9, 16),
+    "pairs": ((1, 4, 9, 14), None, (3, 2), (2, 3), (0, 1), 33, 20, 17),
+}
+
+
+def make(case: str, dtype: torch.dtype = torch.float64) -> tuple[list[Tensor], dict[str, Any]]:
+    """The 14 tensors of a case, and its geometry."""
+    shape, grid, kernel, stride, padding, dim, features, hidden = CASES[case]
+    channels = shape[1] if grid is None else shape[2]
+    height, width = (kernel, kernel) if isinstance(kernel, int) else kernel
+    n = channels * height * width
+
+    def matrix(rows: int, columns: int) -> Tensor:
+        return torch.randn(rows, columns) / math.sqrt(columns)
+
+    tensors = [torch.randn(shape), matrix(3 * dim, n), torch.randn(3 * dim), 1 + 0.2 * torch.randn(n)]
+    tensors += [0.2 * torch.randn(n), matrix(features, dim) * math.sqrt(features), matrix(dim, dim), torch.randn(dim)]
+    tensors += [1 + 0.2 * torch.randn(dim), 0.2 * torch.randn(dim), matrix(hidden, dim), torch.randn(hidden)]
+    tensors += [matrix(dim, hidden), torch.randn(dim)]
+    geometry = {"kernel_size": kernel, "stride": stride, "padding": padding, "grid": grid}
+    return [t.to(dtype) for t in tensors], geometry
+
+
+@pytest.mark.parametrize("case", list(CASES))
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_inference(case: str, backend: str, dtype: torch.dtype) -> None:
+    skip_unless_possible(backend, dtype)
+    tensors, geometry = make(case, dtype)
+    want = ops.soft_split_performer(*(t.double() for t in tensors), **geometry, backend="reference")
+    kqv = ops.soft_split_linear(*(t.double() for t in tensors[:5]), **geometry, backend="reference")
+    assert torch.equal(want, ops.token_performer(kqv, *(t.double() for t in tensors[5:]), backend="reference"))
+    got = ops.soft_split_performer(*tensors, **geometry, backend=backend)
+    assert got.dtype == dtype
+    assert_close(got, want, dtype, tensors[1].shape[1] + want.shape[1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", ["image", "tokens"])
+def test_gradients(case: str, backend: str) -> None:
+    tensors, geometry = make(case)
+    w = tensors.pop(5)
+
+    def function(backend: str) -> Any:
+        return lambda *t: ops.soft_split_performer(*t[:5], w, *t[5:], **geometry, backend=backend)
+
+    grad = torch.randn_like(function("reference")(*tensors))
+    wanted = gradients(function("reference"), tensors, grad)
+    for found, want in zip(gradients(function(backend), tensors, grad), wanted, strict=True):
+        assert_close(found, want, torch.float64, 4000, grad=True)
+
+
+def operators_in(function: Any) -> set[str]:
+    """The project's operators that ``function`` calls."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    names = {str(name) for name in counter.get_flop_counts()["Global"]}
+    return {name.removeprefix("t2t_fast.") for name in names if name.startswith("t2t_fast.")}
+
+
+def test_joined_in_inference_only() -> None:
+    tensors, geometry = make("image", torch.float32)
+
+    def stage(proj_drop: float = 0.0, mlp_drop: float = 0.0) -> Tensor:
+        drops = {"proj_drop": proj_drop, "mlp_drop": mlp_drop}
+        return ops.soft_split_performer(*tensors, **geometry, **drops, backend="triton")
+
+    apart = {"soft_split_linear", "token_performer"}
+    assert operators_in(stage) == {"soft_split_performer"}
+    assert operators_in(lambda: stage(0.1, 0.0)) == operators_in(lambda: stage(0.0, 0.1)) == apart
+    tensors[1].requires_grad_()
+    assert operators_in(stage) == apart
+    with torch.no_grad():
+        assert operators_in(stage) == {"soft_split_performer"}
+    tensors[3] = tensors[4] = None  # type: ignore[call-overload]
+    with torch.no_grad():
+        assert operators_in(stage) == apart
+
+
+def test_flops_are_those_of_the_two_ops() -> None:
+    tensors, geometry = make("image", torch.float32)
+    counts = []
+    for backend in ("triton", "reference"):
+        with FlopCounterMode(display=False) as counter:
+            ops.soft_split_performer(*tensors, **geometry, backend=backend)
+        counts.append(counter.get_total_flops())
+    assert abs(counts[0] / counts[1] - 1) < 0.01
+
+
+def test_flat_and_bright_patches_keep_their_digits() -> None:
+    tensors, geometry = make("image", torch.float32)
+    tensors[0] = 1000 + 1e-3 * torch.randn(tensors[0].shape)
+    tensors[0][0] = 255.0
+    want = ops.soft_split_performer(*(t.double() for t in tensors), **geometry, backend="reference")
+    got = ops.soft_split_performer(*tensors, **geometry, backend="triton")
+    # What the image's own float32 rounding leaves of a deviation of 1e-3 around 1000.
+    assert (got - want).norm() <= 1e-3 * want.norm()
+    inner = want[0].unflatten(0, (7, 6))[1:-1, 1:-1].flatten(0, 1)
+    assert_close(got[0].unflatten(0, (7, 6))[1:-1, 1:-1].flatten(0, 1), inner, torch.float32, 200)
+
+
+def test_kernels_need_no_tensor_as_large_as_the_keys() -> None:
+    """Neither keys nor queries are stored: nothing is as large as the tokens of both."""
+    tensors, geometry = make("image", torch.float32)
+    tensors[0] = torch.randn(2, 3, 64, 64)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        out = ops.soft_split_performer(*tensors, **geometry, backend="triton")
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    assert max(event.nbytes() for event in events) == out.numel() * out.itemsize
+
+
+def test_bad_input_is_named() -> None:
+    tensors, geometry = make("image")
+    for index, message in (
+        (1, r"kqv_weight must have shape \(out, C\*kh\*kw\) = \(71, 147\), got \(71, 146\)"),
+        (3, r"norm1_weight must have shape \(C\*kh\*kw,\) = \(147,\), got \(146,\)"),
+        (8, r"norm2_weight must have shape \(E,\) = \(24,\), got \(23,\)"),
+    ):
+        wrong = [t[1:, ..., 1:] if i == index == 1 else t[1:] if i == index else t for i, t in enumerate(tensors)]
+        with pytest.raises(ValueError, match=message):
+            ops.soft_split_performer(*wrong, **geometry)
+    wrong = [t[1:] if i in (1, 2) else t for i, t in enumerate(tensors)]
+    with pytest.raises(ValueError, match="kqv_weight must have 3E rows, got 71, which is no multiple of 3"):
+        ops.soft_split_performer(*wrong, **geometry)
+    with pytest.raises(ValueError, match=r"proj_drop must be in \[0, 1\), got 1\.5"):
+        ops.soft_split_performer(*tensors, **geometry, proj_drop=1.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("training", [False, True])
+def test_the_whole_module_in_triton(training: bool, dtype: torch.dtype) -> None:
+    """Tokens-to-token from image to backbone tokens: every stage in Triton, values and all gradients."""
+    module = TokensToToken(embed_dim=48, token_dim=32, drop_rate=0.0).to(torch.empty(0).device)
+    exact = TokensToToken(embed_dim=48, token_dim=32, drop_rate=0.0, backend="reference").double()
+    exact = exact.to(torch.empty(0).device)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    exact.load_state_dict(module.state_dict())
+    module = module.to(dtype)
+    images = torch.randn(2, 3, 45, 36, dtype=dtype, requires_grad=training)
+    module.train(training)
+    with torch.set_grad_enabled(training):
+        with use_backend("triton"):
+            called = operators_in(lambda: module(images))
+            got = module(images)
+        wide = images.detach().double().requires_grad_(training)
+        want = exact(wide)
+    assert called == (
+        {"soft_split_linear", "token_performer"} if training else {"soft_split_performer", "soft_split_linear"}
+    )
+    assert_close(got, want, dtype, 1000)
+    if training:
+        grad = torch.randn_like(want)
+        learned = [p for p in module.parameters() if p.requires_grad]
+        found = torch.autograd.grad(got, [images, *learned], grad.to(dtype))
+        wanted = torch.autograd.grad(want, [wide, *(p for p in exact.parameters() if p.requires_grad)], grad)
+        for f, w in zip(found, wanted, strict=True):
+            assert_close(f, w, dtype, 20000, grad=True)
+
+
+def test_reference_is_the_composition() -> None:
+    tensors, _ = make("image")
+    split = (*tensors[:5], (7, 7), (4, 4), (2, 2), None, 1e-5)
+    layer = (*tensors[5:], 0.0, 0.0, 1e-8, 1e-5)
+    assert triton.can_run(split, layer) is None or not torch.cuda.is_available()
+    want = reference.forward(split, layer)
+    assert_close(triton.forward(split, layer), want, torch.float64, 200)
