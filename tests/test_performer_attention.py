@@ -100,6 +100,21 @@ def test_autocast_keeps_float32_inside(backend: str, dtype: torch.dtype) -> None
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("order", [(0, 2, 1), (1, 0, 2), (2, 1, 0)])
+def test_any_layout(backend: str, order: tuple[int, ...]) -> None:
+    """Tokens, channels and images in any order in memory: a convolution makes tokens that lie apart."""
+    kqv, w = make(3, 11, 8, 4)
+    inputs = [t.permute(order).contiguous().permute(torch.tensor(order).argsort().tolist()) for t in kqv.chunk(3, -1)]
+    grad = torch.randn(3, 11, 8, dtype=torch.float64)
+    wanted = reference.backward(grad, *inputs, w, 1e-8)
+    for backward_dtype in (torch.float64, torch.float32):  # of what a cast makes of the layout, too
+        cast = [t.to(backward_dtype) for t in (*inputs, w)]
+        found = gradients(lambda *t: ops.performer_attention(*t, backend=backend), cast, grad.to(backward_dtype))
+        for f, want in zip(found, wanted, strict=True):
+            assert_close(f, want, backward_dtype, 44, grad=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_checkpointing(backend: str) -> None:
     kqv, w = make(1, 9, 8, 4)
     inputs = leaves(*kqv.chunk(3, dim=-1), w)

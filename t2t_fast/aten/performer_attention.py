@@ -62,7 +62,9 @@ class _Attention(torch.autograd.Function):
             return differentiable_backward(lambda *args: _attend(*args)[0], (k, q, v, w, ctx.eps), grad)
         d_weights = grad @ (v.transpose(1, 2) @ phi_k)
         d_phi_k_v = weights.transpose(1, 2) @ grad
-        out = torch.empty_like(k), torch.empty_like(q), torch.empty_like(v)
+        # Rows of a token together, whatever the inputs' strides: they are written through a flat view.
+        dk, dq, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (k, q, v))
+        out = (dk, dq, dv)
         dw = attend_backward(d_weights, d_phi_k_v, k, q, v, w, phi_k, weights, out, ctx.needs_input_grad[3])
         return *out, dw, None
 
@@ -90,7 +92,7 @@ def attend_backward(
     d_exponent_k = (v @ d_phi_k_v.transpose(1, 2)).sub_(along.transpose(1, 2) @ weights).mul_(phi_k)
     for dz, z, d_exponent in ((out[0], k, d_exponent_k), (out[1], q, d_exponent_q)):
         # z enters as w z - |z|²/2
-        torch.mm(d_exponent.flatten(0, 1), w, out=dz.flatten(0, 1))
+        torch.mm(d_exponent.flatten(0, 1), w, out=dz.view(-1, dz.shape[2]))
         dz.addcmul_(z, d_exponent.sum(dim=-1, keepdim=True), value=-1)
     torch.bmm(phi_k, d_phi_k_v, out=out[2])
     if not needs_dw:

@@ -114,11 +114,11 @@ class _TokenPerformer(torch.autograd.Function):
         d_fc2 = grad if mlp_mask is None else grad * mlp_mask
         activated = F.gelu(hidden)
         d_fc2_weight, d_fc2_bias = _outer(d_fc2, activated), d_fc2.sum((0, 1))
-        d_hidden = torch.mm(d_fc2.flatten(0, 1), fc2_weight, out=activated.flatten(0, 1)).view_as(hidden)
+        d_hidden = torch.mm(d_fc2.flatten(0, 1), fc2_weight, out=activated.view(-1, activated.shape[2])).view_as(hidden)
         torch.ops.aten.gelu_backward.grad_input(d_hidden, hidden, grad_input=d_hidden)
         normed = torch.native_layer_norm(y, y.shape[-1:], norm_weight, norm_bias, ctx.rest[1])[0]
         d_fc1_weight, d_fc1_bias = _outer(d_hidden, normed), d_hidden.sum((0, 1))
-        d_normed = torch.mm(d_hidden.flatten(0, 1), fc1_weight, out=normed.flatten(0, 1)).view_as(y)
+        d_normed = torch.mm(d_hidden.flatten(0, 1), fc1_weight, out=normed.view(-1, normed.shape[2])).view_as(y)
         dy, d_norm_weight, d_norm_bias = torch.ops.aten.native_layer_norm_backward(
             d_normed, y, y.shape[-1:], mean, rstd, norm_weight, norm_bias, (True, True, True)
         )
