@@ -44,3 +44,30 @@ def soft_split_linear(batch: int, window: Window, view: View, out: int, itemsize
         "backward weight": Cost(flops, image + tokens + statistics + 4 * window.num_features * out),
         "backward input": Cost(flops, 2 * image + weight + (2 if norm else 1) * tokens + statistics),
     }
+
+
+def soft_split_performer(
+    batch: int, window: Window, view: View, dim: int, features: int, hidden: int, itemsize: int
+) -> dict[str, Cost]:
+    """Forward of a whole stage, and backward without and with the image's gradient, by name.
+
+    Args:
+        batch: Images.
+        window: Kernel size, stride, padding and channels.
+        view: Sizes of the image and of the grid of windows.
+        dim: Width E of the tokens made.
+        features: Random features m.
+        hidden: Width of the MLP's hidden layer.
+        itemsize: Bytes per value of image, weights and tokens.
+    """
+    num_tokens = batch * view.grid_h * view.grid_w
+    image = batch * window.channels * view.height * view.width * itemsize
+    tokens = num_tokens * dim * itemsize
+    weights = (3 * window.num_features + dim + 2 * hidden) * dim * itemsize
+    split = 2 * num_tokens * window.num_features * 3 * dim
+    layer = 2 * num_tokens * dim * (4 * features + dim + 2 * hidden)
+    return {
+        "forward": Cost(split + layer, image + weights + tokens),
+        "backward": Cost(split + 2 * layer, image + 2 * weights + tokens),
+        "backward with input": Cost(2 * split + 2 * layer, 2 * image + 2 * weights + tokens),
+    }

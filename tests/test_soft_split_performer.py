@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from t2t_fast import ops, use_backend
+from t2t_fast.kernels.costs import soft_split_performer
+from t2t_fast.kernels.windows import make_view, make_window
 from t2t_fast.layers import TokensToToken
 from t2t_fast.reference import soft_split_performer as reference
 from t2t_fast.triton import soft_split_performer as triton
@@ -110,6 +112,11 @@ def test_flops_are_those_of_the_two_ops() -> None:
             ops.soft_split_performer(*tensors, **geometry, backend=backend)
         counts.append(counter.get_total_flops())
     assert abs(counts[0] / counts[1] - 1) < 0.01
+    window = make_window(3, (7, 7), (4, 4), (2, 2), False)
+    cost = soft_split_performer(2, window, make_view(tensors[0], window), 24, 12, 24, 4)["forward"]
+    assert abs(cost.flops / counts[0] - 1) < 0.01
+    read_once = sum(t.numel() for t in (tensors[0], *(t for t in tensors if t.ndim == 2))) - tensors[5].numel()
+    assert cost.bytes == 4 * (read_once + 2 * 42 * 24)
 
 
 def test_flat_and_bright_patches_keep_their_digits() -> None:
