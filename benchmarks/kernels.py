@@ -103,7 +103,7 @@ def measure(use: str, batch: int, dtype: torch.dtype) -> list[dict[str, Any]]:
     """Forward, and forward with backward, of every variant; the first of training needs no image gradient."""
     from triton.testing import do_bench
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     tensors, geometry = make_inputs(use, batch, dtype, needs_dx=not use.startswith("image"))
     exact = [None if t is None else t.detach().double().requires_grad_(t.requires_grad) for t in tensors]
     variants = runners(ops.soft_split_performer if USES[use][-1] else ops.soft_split_linear, geometry)
