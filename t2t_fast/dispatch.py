@@ -13,6 +13,7 @@ and otherwise by ``auto``: the first implementation that can run the arguments a
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -41,22 +42,29 @@ class Implementation:
         run: The function itself; takes exactly the arguments of ``can_run`` and ``slower``.
         can_run: Returns None, or the reason why these arguments cannot run, in words a user can act on.
         slower: Returns None, or why ``auto`` passes this implementation over although it could run.
+        detail: Returns None, or which of its ways the implementation goes and why: for :func:`explain`.
     """
 
     backend: str
     run: Callable[..., Any]
     can_run: Callable[..., str | None] = _no_objection
     slower: Callable[..., str | None] = _no_objection
+    detail: Callable[..., str | None] = _no_objection
 
 
 @dataclass
 class Decision:
-    """What one call of an op came to: the backend taken, and per other backend why it was not."""
+    """What one call of an op came to: the backend taken, per other backend why it was not, and the way taken."""
 
     op: str
     backend: str
     reasons: dict[str, str]
     calls: int = 1
+    detail: str | None = None
+
+    def same(self, other: Decision) -> bool:
+        """Whether both tell the same but for the number of calls."""
+        return dataclasses.replace(self, calls=0) == dataclasses.replace(other, calls=0)
 
 
 @dataclass
@@ -67,7 +75,7 @@ class Explanation:
 
     def add(self, decision: Decision) -> None:
         for known in self.decisions:
-            if (known.op, known.backend, known.reasons) == (decision.op, decision.backend, decision.reasons):
+            if known.same(decision):
                 known.calls += 1
                 return
         self.decisions.append(decision)
@@ -84,7 +92,8 @@ class Explanation:
             return "no t2t_fast op was called"
         lines = []
         for decision in self.decisions:
-            lines.append(f"{decision.op} x{decision.calls}: {decision.backend}")
+            detail = f" ({decision.detail})" if decision.detail else ""
+            lines.append(f"{decision.op} x{decision.calls}: {decision.backend}{detail}")
             lines += [f"    {backend}: {reason}" for backend, reason in decision.reasons.items()]
         return "\n".join(lines)
 
@@ -150,7 +159,7 @@ class Op:
         chosen, reasons = self._choose(resolve_backend(backend), args)
         explanation = None if torch.compiler.is_compiling() else _explanation.get()
         if explanation is not None:
-            explanation.add(Decision(self.name, chosen.backend, reasons))
+            explanation.add(Decision(self.name, chosen.backend, reasons, detail=chosen.detail(*args)))
         return chosen.run(*args)
 
     def _choose(self, backend: str, args: tuple[Any, ...]) -> tuple[Implementation, dict[str, str]]:

@@ -21,6 +21,7 @@ _OP = Op(
             triton_soft_split_performer.forward,
             triton_soft_split_performer.can_run,
             triton_soft_split_performer.is_slower,
+            triton_soft_split_performer.detail,
         ),
         Implementation("aten", aten_soft_split_performer.forward),
         Implementation("reference", reference_soft_split_performer.forward),

@@ -18,6 +18,7 @@ _OP = Op(
             triton_token_performer.forward,
             triton_token_performer.can_run,
             triton_token_performer.is_slower,
+            triton_token_performer.detail,
         ),
         Implementation("aten", aten_token_performer.forward),
         Implementation("reference", reference_token_performer.forward),

@@ -21,7 +21,7 @@ from .soft_split_linear import GEOMETRY, locate
 
 def forward(split: tuple[Any, ...], layer: tuple[Any, ...]) -> Tensor:
     """The arguments of soft_split_linear, and those of token_performer behind its first; returns (B, L, E)."""
-    if not is_joined(split, layer):
+    if not_joined(split, layer):
         return token_performer.forward(soft_split_linear.forward(*split), *layer)
     x, weight, bias, norm_weight, norm_bias, *geometry, grid, norm1_eps = split
     w, proj_weight, proj_bias, norm2_weight, norm2_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias = layer[:9]
@@ -35,14 +35,22 @@ def forward(split: tuple[Any, ...], layer: tuple[Any, ...]) -> Tensor:
         return _soft_split_performer(*tensors, dtype, *geometry, norm1_eps, eps, norm2_eps)
 
 
-def is_joined(split: tuple[Any, ...], layer: tuple[Any, ...]) -> bool:
-    """Whether nothing is differentiated or dropped, and the kernels are built for the sizes and the dtype."""
+def not_joined(split: tuple[Any, ...], layer: tuple[Any, ...]) -> str | None:
+    """Why soft_split_linear and token_performer run one after the other; None if they are joined."""
     x, norm_weight, w, fc1_weight = split[0], split[3], layer[0], layer[5]
-    if norm_weight is None or layer[9] or layer[10]:
-        return False
+    if norm_weight is None:
+        return "there is no first LayerNorm"
+    if layer[9] or layer[10]:
+        return "there is dropout"
     if token_performer.wants_gradient(*(t for t in (*split, *layer) if isinstance(t, Tensor))):
-        return False
-    return token_performer.is_fused(x.device, product_dtype(x), w, fc1_weight, False)
+        return "gradients are wanted"
+    return token_performer.not_fused(x.device, product_dtype(x), w, fc1_weight, False)
+
+
+def detail(split: tuple[Any, ...], layer: tuple[Any, ...]) -> str:
+    """Whether a call is joined, or why not."""
+    reason = not_joined(split, layer)
+    return f"soft_split_linear, then token_performer: {reason}" if reason else "joined"
 
 
 def can_run(split: tuple[Any, ...], layer: tuple[Any, ...]) -> str | None:

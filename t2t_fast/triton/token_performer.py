@@ -41,8 +41,7 @@ def forward(
 ) -> Tensor:
     """(B, T, 3E) to (B, T, E); see :func:`t2t_fast.ops.token_performer`."""
     tensors = (kqv, w, proj_weight, proj_bias, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    fused = is_fused(kqv.device, kqv.dtype, w, fc1_weight, wants_gradient(*tensors))
-    if not fused or wants_gradient(w):
+    if not_fused(kqv.device, kqv.dtype, w, fc1_weight, wants_gradient(*tensors)):
         rates = (proj_drop, mlp_drop, eps, norm_eps)
         return reference.forward(*tensors, *rates, attention=performer_attention.forward)
     dtype = product_dtype(kqv)
@@ -53,9 +52,25 @@ def forward(
         return _token_performer(kqv, w, proj_weight, proj_bias, *layer, seed, dtype, *rates)[0]
 
 
-def is_fused(device: torch.device, dtype: torch.dtype, w: Tensor, fc1_weight: Tensor, differentiate: bool) -> bool:
-    """Whether the layer's own kernels take keys, queries and values of ``dtype``."""
-    return max(*w.shape, *fc1_weight.shape) <= _WIDEST and _has_configs(device, dtype, differentiate)
+def not_fused(
+    device: torch.device, dtype: torch.dtype, w: Tensor, fc1_weight: Tensor, differentiate: bool
+) -> str | None:
+    """Why the layer's own kernels do not take keys, queries and values of ``dtype``; None if they do."""
+    widest = max(*w.shape, *fc1_weight.shape)
+    if widest > _WIDEST:
+        return f"{widest} channels, features or hidden units are more than the {_WIDEST} that fit"
+    if differentiate and w.requires_grad:
+        return "w is to be learned"
+    if not _has_configs(device, dtype, differentiate):
+        return f"the kernels are not built for {'training in ' if differentiate else ''}this precision on this GPU"
+    return None
+
+
+def detail(*args: Any) -> str:
+    """Which kernels a call takes."""
+    tensors = args[:10]
+    reason = not_fused(tensors[0].device, tensors[0].dtype, tensors[1], tensors[6], wants_gradient(*tensors))
+    return f"attention kernels, then library operations: {reason}" if reason else "fused"
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:
