@@ -198,3 +198,27 @@ def test_reference_is_the_composition() -> None:
     assert triton.can_run(split, layer) is None or not torch.cuda.is_available()
     want = reference.forward(split, layer)
     assert_close(triton.forward(split, layer), want, torch.float64, 200)
+
+
+def test_the_module_keeps_little_for_backward() -> None:
+    """Of both stages the input of the layer, and small sums; weights aside."""
+    module = TokensToToken(embed_dim=32, token_dim=64).to(torch.empty(0).device)
+    images, kept = torch.randn(4, 3, 96, 96), {}
+    weights = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    for backend in BACKENDS:
+        sizes: dict[int, int] = {}
+
+        def pack(t: Tensor, sizes: dict[int, int] = sizes) -> Tensor:
+            if t.untyped_storage().data_ptr() not in weights:
+                sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with (
+            use_backend(backend),
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+            torch.autocast(images.device.type, dtype=torch.float16),
+        ):
+            out = module(images)
+        kept[backend] = sum(sizes.values())
+        del out
+    assert kept["triton"] < 0.25 * kept["reference"]
