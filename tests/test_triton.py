@@ -214,6 +214,28 @@ def test_captured_in_a_cuda_graph() -> None:
         assert torch.equal(got, want)
 
 
+@pytest.mark.gpu
+def test_a_captured_layer_draws_new_masks() -> None:
+    shapes = ((2, 50, 48), (8, 16), (16, 16), (16,), (16,), (16,), (16, 16), (16,), (16, 16), (16,))
+    tensors = [torch.randn(shape).bfloat16() for shape in shapes]
+
+    def step() -> Tensor:
+        return ops.token_performer(*tensors, 0.5, 0.5, **TRITON)
+
+    step()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        captured = step()
+    replays = []
+    for _ in range(2):
+        graph.replay()
+        replays.append(captured.clone())
+    assert not torch.equal(*replays)
+
+
 def test_second_derivatives_are_refused_in_words() -> None:
     x, weight = image(1, 3, 8, 8), image(4, 27)
     y = ops.soft_split_linear(x, weight, None, None, None, 3, 1, 1, backend="triton")
