@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 namespace t2t {
 
@@ -123,6 +124,21 @@ void with_type(Type type, F&& run) {
     case Type::Half: return run(static_cast<Half*>(nullptr));
     case Type::BFloat16: return run(static_cast<BFloat16*>(nullptr));
   }
+}
+
+// The same for two types: equal, or one of them float and the other 16 bits wide.
+template <class Half, class BFloat16, class F>
+void with_type_pair(Type a, Type b, F&& run) {
+  with_type<Half, BFloat16>(a, [&]<class T>(T* first) {
+    if (a == b) return run(first, first);
+    if constexpr (std::is_same_v<T, float>) {
+      with_type<Half, BFloat16>(b, [&]<class U>(U* second) {
+        if constexpr (sizeof(U) == 2) run(first, second);
+      });
+    } else if constexpr (sizeof(T) == 2) {
+      run(first, static_cast<float*>(nullptr));
+    }
+  });
 }
 
 }  // namespace t2t

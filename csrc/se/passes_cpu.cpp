@@ -217,23 +217,8 @@ void gate(const Gate& args, void*) {
   args.type == Type::Double ? run(static_cast<double*>(nullptr)) : run(static_cast<float*>(nullptr));
 }
 
-// with_type for a pair: equal, or one of them float and the other 16 bits wide.
-template <class F>
-void with_types(Type a, Type b, F&& run) {
-  with_type<c10::Half, c10::BFloat16>(a, [&]<class T>(T* first) {
-    if (a == b) return run(first, first);
-    if constexpr (std::is_same_v<T, float>) {
-      with_type<c10::Half, c10::BFloat16>(b, [&]<class U>(U* second) {
-        if constexpr (sizeof(U) == 2) run(first, second);
-      });
-    } else if constexpr (sizeof(T) == 2) {
-      run(first, static_cast<float*>(nullptr));
-    }
-  });
-}
-
 void affine(const Affine& args, void*) {
-  with_types(args.in_type, args.out_type, [&]<class T, class O>(T*, O*) {
+  with_type_pair<c10::Half, c10::BFloat16>(args.in_type, args.out_type, [&]<class T, class O>(T*, O*) {
     using A = Acc<T>;
     const T* input = static_cast<const T*>(args.input);
     const O* residual = static_cast<const O*>(args.residual);
@@ -254,7 +239,7 @@ void affine(const Affine& args, void*) {
 }
 
 void reduce_grad(const ReduceGrad& args, void*) {
-  with_types(args.grad_type, args.product_type, [&]<class G, class T>(G*, T*) {
+  with_type_pair<c10::Half, c10::BFloat16>(args.grad_type, args.product_type, [&]<class G, class T>(G*, T*) {
     using A = Acc<G>;
     const G* grad = static_cast<const G*>(args.grad);
     const T* product = static_cast<const T*>(args.product);
