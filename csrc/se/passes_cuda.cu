@@ -72,15 +72,15 @@ template <class A, int Width>
 __device__ __forceinline__ void store_sums(const Tile& tile, const Place<Width>& place, A (&sums)[Width], A factor,
                                            A* out) {
   A* partial = shared_memory<A>();  // (warps, lanes * Width)
-  const int lane = threadIdx.x % tile.lanes, warp = threadIdx.x / kWarp, across = tile.lanes * Width;
+  const int thread = threadIdx.x, lane = thread % tile.lanes, warp = thread / kWarp, across = tile.lanes * Width;
 #pragma unroll
   for (int i = 0; i < Width; ++i) {
     const A sum = sum_over_lanes(sums[i], tile.lanes);
-    if (threadIdx.x % kWarp < tile.lanes) partial[warp * across + lane * Width + i] = sum;
+    if (thread % kWarp < tile.lanes) partial[warp * across + lane * Width + i] = sum;
   }
   __syncthreads();
   const int64_t first = int64_t(blockIdx.y) * across;
-  for (int i = threadIdx.x; i < across; i += kThreads) {
+  for (int i = thread; i < across; i += kThreads) {
     if (first + i >= tile.extent.channels) break;
     A sum = 0;
     for (int w = 0; w < kWarps; ++w) sum += partial[w * across + i];
