@@ -190,7 +190,7 @@ __global__ void __launch_bounds__(kThreads)
     activate_backward_kernel(Tile tile, const T* input, const Acc<T>* bias, const T* d_output, T* d_input, T* output,
                              Acc<T>* d_bias) {
   using A = Acc<T>;
-  constexpr int kWide = kWidth<T>, kAtOnce = 2;
+  constexpr int kWide = kWidth<T>, kAtOnce = sizeof(T) == 8 ? 1 : 2;  // two of double would spill
   const Place<kWide> place(tile);
   A biases[kWide], sums[kWide] = {};
   load_or_zero(biases, bias, place.channel, place.valid);
