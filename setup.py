@@ -113,7 +113,8 @@ def extension(cuda: bool) -> Extension:
     info = describe(cuda)
     capability = info["cpu_capability"]
     common = ["-O3", "-std=c++20"]
-    cxx = [*common, *CPU_FLAGS[capability], f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}"]
+    threads = ["-fopenmp"] if sys.platform == "linux" else []  # without, at::parallel_for is a plain loop
+    cxx = [*common, *threads, *CPU_FLAGS[capability], f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}"]
     macros = {"FLAGS": " ".join(cxx), "CPU_CAPABILITY": capability, "ARCHITECTURES": info["architectures"]}
     if cuda:
         macros["NVCC"] = ask_nvcc("--version").splitlines()[-1]
@@ -124,7 +125,7 @@ def extension(cuda: bool) -> Extension:
     sources = sorted(str(path) for ending in endings for path in Path("csrc").rglob(ending))
     make = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
     flags = {"cxx": [*cxx, "-g0", "-Wno-unknown-pragmas", "-Wno-psabi"], "nvcc": [*common, "--threads=2"]}
-    return make(NAME, sources, extra_compile_args=flags)
+    return make(NAME, sources, extra_compile_args=flags, extra_link_args=threads)
 
 
 @contextlib.contextmanager

@@ -32,25 +32,14 @@ OptionalTensor contiguous(const OptionalTensor& tensor) {
   return tensor.has_value() ? OptionalTensor(tensor->contiguous()) : std::nullopt;
 }
 
-namespace {
-
-Tensor new_sums(const Tensor& tokens, at::IntArrayRef sizes) {
-  return at::empty(sizes, tokens.options().dtype(accumulator(tokens)));
-}
-
-}  // namespace
-
-Gates run_gate(const Passes& passes, const DeviceScope& scope, const Tensor& tokens, const Tensor& mean,
-               const Tensor& w_reduce, const OptionalTensor& offset, const Tensor& w_expand,
-               const OptionalTensor& bias, const OptionalTensor& scale) {
-  const int64_t images = mean.size(0), reduced = w_reduce.size(0), channels = w_expand.size(0);
-  Gates gates{new_sums(tokens, {images, reduced}), new_sums(tokens, {images, channels}),
-              new_sums(tokens, {images, channels}), std::nullopt};
-  if (bias.has_value()) gates.shift = new_sums(tokens, {images, channels});
-  const Tensor expand = w_expand.t().contiguous();
-  passes.gate({images, mean.size(1), reduced, channels, type_of(tokens), mean.const_data_ptr(),
+Gates run_gate(const Passes& passes, const DeviceScope& scope, const Tensor& mean, const Tensor& w_reduce,
+               const OptionalTensor& offset, const Tensor& expand, const OptionalTensor& bias,
+               const OptionalTensor& scale, const Tensor& reduced, const Tensor& gate) {
+  Gates gates{at::empty_like(gate), std::nullopt};
+  if (bias.has_value()) gates.shift = at::empty_like(gate);
+  passes.gate({mean.size(0), mean.size(1), reduced.size(1), gate.size(1), type_of(mean), mean.const_data_ptr(),
                w_reduce.const_data_ptr(), data(offset), expand.const_data_ptr(), data(bias), data(scale),
-               gates.reduced.data_ptr(), gates.gate.data_ptr(), gates.factor.data_ptr(),
+               reduced.data_ptr(), gate.data_ptr(), gates.factor.data_ptr(),
                bias.has_value() ? gates.shift->data_ptr() : nullptr},
               scope.stream());
   return gates;
@@ -68,20 +57,20 @@ void run_token_mean(const Passes& passes, const DeviceScope& scope, const Tensor
 }
 
 GateGrads run_gate_backward(const Passes& passes, const DeviceScope& scope, const Tensor& grad, const Tensor& product,
-                            const Tensor& gate, const Tensor& reduced, const Tensor& w_reduce, const Tensor& w_expand,
-                            const OptionalTensor& bias, const OptionalTensor& scale) {
-  const auto extent = extent_of(grad);
-  const Tensor sum = at::empty_like(gate), dot = at::empty_like(gate), expand = w_expand.t().contiguous();
+                            const Tensor& gate, const Tensor& reduced, const Tensor& w_reduce, const Tensor& expand,
+                            const OptionalTensor& bias, const OptionalTensor& scale, const Tensor& d_expanded,
+                            const Tensor& d_reduced, const Tensor& d_bias, const Tensor& d_scale) {
+  const Extent extent = extent_of(grad);
+  const Tensor sum = at::empty_like(gate), dot = at::empty_like(gate);
   passes.reduce_grad({extent, type_of(grad), type_of(product), grad.const_data_ptr(), product.const_data_ptr(),
                       sum.data_ptr(), dot.data_ptr()},
                      scope.stream());
-  GateGrads grads{at::empty_like(gate), at::empty_like(reduced), at::empty_like(gate),
-                  at::empty_like(gate), at::empty_like(gate),    new_sums(product, {extent.images})};
-  passes.gate_backward({extent.images, extent.tokens, reduced.size(1), extent.channels, type_of(product),
+  GateGrads grads{at::empty_like(gate), at::empty_like(gate)};
+  passes.gate_backward({extent.images, extent.tokens, reduced.size(1), extent.channels, type_of(gate),
                         sum.const_data_ptr(), dot.const_data_ptr(), gate.const_data_ptr(), reduced.const_data_ptr(),
                         w_reduce.const_data_ptr(), expand.const_data_ptr(), data(bias), data(scale),
-                        grads.d_expanded.data_ptr(), grads.d_reduced.data_ptr(), grads.factor.data_ptr(),
-                        grads.shift.data_ptr(), grads.d_bias.data_ptr(), grads.d_scale.data_ptr()},
+                        d_expanded.data_ptr(), d_reduced.data_ptr(), grads.factor.data_ptr(), grads.shift.data_ptr(),
+                        d_bias.data_ptr(), d_scale.data_ptr()},
                        scope.stream());
   return grads;
 }

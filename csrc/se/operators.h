@@ -24,32 +24,32 @@ OptionalTensor contiguous(const OptionalTensor& tensor);
 // The passes for a tensor's device.
 const Passes& passes_for(const Tensor& tokens);
 
-// What the gate says of every image, and the affine map that applies it.
+// The affine map that applies a gate.
 struct Gates {
-  Tensor reduced, gate;  // (images, R), (images, C)
   Tensor factor;         // (images, C): scale * gate
   OptionalTensor shift;  // (images, C): factor * bias; none without bias
 };
 
-Gates run_gate(const Passes& passes, const DeviceScope& scope, const Tensor& tokens, const Tensor& mean,
-               const Tensor& w_reduce, const OptionalTensor& offset, const Tensor& w_expand,
-               const OptionalTensor& bias, const OptionalTensor& scale);
+// Fills `reduced` (images, R) and `gate` (images, C); `expand` is w_expand transposed, contiguous.
+Gates run_gate(const Passes& passes, const DeviceScope& scope, const Tensor& mean, const Tensor& w_reduce,
+               const OptionalTensor& offset, const Tensor& expand, const OptionalTensor& bias,
+               const OptionalTensor& scale, const Tensor& reduced, const Tensor& gate);
 
 void run_affine(const Passes& passes, const DeviceScope& scope, const Tensor& tokens, const Tensor& factor,
                 const OptionalTensor& shift, const OptionalTensor& residual, const Tensor& output);
 
 void run_token_mean(const Passes& passes, const DeviceScope& scope, const Tensor& tokens, const Tensor& mean);
 
-// Gradients that the gate's two products and its scale receive; d_y = factor * grad + shift.
+// d_y = factor * grad + shift.
 struct GateGrads {
-  Tensor d_expanded, d_reduced;  // (images, C), (images, R)
-  Tensor factor, shift;          // (images, C)
-  Tensor d_bias, d_scale;        // (images, C): the token sum of d_y; (images)
+  Tensor factor, shift;  // (images, C)
 };
 
-// `product` is what the affine map was applied to: y without its bias.
+// `product` is what the affine map was applied to: y without its bias. Fills the gradients that the gate's two products
+// receive, (images, C) and (images, R), the token sum of d_y, (images, C), and that of the scale, (images).
 GateGrads run_gate_backward(const Passes& passes, const DeviceScope& scope, const Tensor& grad, const Tensor& product,
-                            const Tensor& gate, const Tensor& reduced, const Tensor& w_reduce, const Tensor& w_expand,
-                            const OptionalTensor& bias, const OptionalTensor& scale);
+                            const Tensor& gate, const Tensor& reduced, const Tensor& w_reduce, const Tensor& expand,
+                            const OptionalTensor& bias, const OptionalTensor& scale, const Tensor& d_expanded,
+                            const Tensor& d_reduced, const Tensor& d_bias, const Tensor& d_scale);
 
 }  // namespace t2t

@@ -6,6 +6,8 @@
 // is read once, to be scaled. The same identity gives the gradient of w_reduce.
 #include "se_mlp.h"
 
+#include <ATen/Parallel.h>
+#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/mm.h>
@@ -19,14 +21,40 @@ namespace t2t {
 
 namespace {
 
-// Hidden values that stay in a CPU's cache from one product to the next.
-constexpr int64_t kChunkBytes = 1 << 20;
+// How the images are worked through. On a GPU all at once; on the CPU every thread takes its share in chunks whose
+// hidden values stay in its cache from one product to the next, so that threads meet only once. Where there are fewer
+// images than threads, all at once too: then products and passes share the threads.
+struct Chunks {
+  int64_t images, share, chunk, slots;
 
-int64_t images_per_chunk(const Tensor& x, int64_t hidden_channels) {
-  if (!x.is_cpu()) return x.size(0);
-  const int64_t bytes = x.size(1) * hidden_channels * x.element_size();
-  return std::max<int64_t>(1, kChunkBytes / std::max<int64_t>(1, bytes));
-}
+  Chunks(const Tensor& x, int64_t bytes_per_image, bool at_once) : images(x.size(0)) {
+    constexpr int64_t kCacheBytes = 1 << 20;
+    const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+    at_once = at_once || !x.is_cpu() || images < threads;
+    share = at_once ? images : (images + threads - 1) / threads;
+    slots = at_once ? 1 : threads;
+    const int64_t fitting = std::max<int64_t>(1, kCacheBytes / std::max<int64_t>(1, bytes_per_image));
+    chunk = at_once ? images : std::min(share, fitting);
+  }
+
+  // Those that get any image at all.
+  int64_t used_slots() const { return share == 0 ? 1 : (images + share - 1) / share; }
+
+  // run(slot, whether it is the slot's first, first image, number of images)
+  template <class F>
+  void for_each(const Tensor& x, F&& run) const {
+    if (slots == 1 && chunk == images) return run(0, true, 0, images);
+    at::parallel_for(0, slots, 1, [&](int64_t begin, int64_t end) {
+      const DeviceScope scope(x);  // threads have dispatch keys of their own
+      for (int64_t slot = begin; slot < end; ++slot) {
+        const int64_t last = std::min(images, (slot + 1) * share);
+        for (int64_t first = slot * share; first < last; first += chunk) {
+          run(slot, first == slot * share, first, std::min(chunk, last - first));
+        }
+      }
+    });
+  }
+};
 
 Tensor rows(const Tensor& tokens) { return tokens.flatten(0, 1); }
 
@@ -34,6 +62,16 @@ Tensor rows(const Tensor& tokens) { return tokens.flatten(0, 1); }
 void multiply(Tensor out, const Tensor& tokens, const Tensor& weight) {
   Tensor out_rows = rows(out);
   at::mm_out(out_rows, rows(tokens), weight.t());
+}
+
+// out = a^T b over all rows, or out += it.
+void multiply_transposed(Tensor out, const Tensor& a, const Tensor& b, bool fresh) {
+  if (fresh) at::mm_out(out, rows(a).t(), rows(b));
+  else at::addmm_out(out, out, rows(a).t(), rows(b));
+}
+
+OptionalTensor part(const OptionalTensor& all, int64_t first, int64_t count) {
+  return all ? OptionalTensor(all->narrow(0, first, count)) : std::nullopt;
 }
 
 }  // namespace
@@ -51,42 +89,35 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> se_mlp(
   const auto acc = accumulator(x);
 
   const Tensor to_reduced = at::mm(w_reduce, fc2_weight.to(acc)).contiguous();
+  const Tensor expand = w_expand.t().contiguous();
   const OptionalTensor offset = fc2_bias ? OptionalTensor(at::mv(w_reduce, *fc2_bias)) : std::nullopt;
 
-  const int64_t chunk = std::min(images_per_chunk(x, wide), images);
+  const Chunks chunks(x, tokens * wide * x.element_size(), false);
   const Tensor output = at::empty({images, tokens, channels}, residual ? residual->options() : x.options());
   const int64_t kept = differentiate ? images : 0;
   const Tensor hidden = at::empty({kept, tokens, wide}, x.options());
   const Tensor product = at::empty({kept, tokens, channels}, x.options());
   const Tensor mean = at::empty({images, wide}, x.options().dtype(acc));
-  const Tensor activated = at::empty({chunk, tokens, wide}, x.options());
-  const bool needs_room = !differentiate && output.scalar_type() != x.scalar_type();
-  const Tensor room = at::empty({needs_room ? chunk : 0, tokens, channels}, x.options());
   const Tensor reduced = at::empty({images, w_reduce.size(0)}, mean.options());
   const Tensor gate = at::empty({images, channels}, mean.options());
+  const Tensor activated = at::empty({chunks.slots, chunks.chunk, tokens, wide}, x.options());
+  const bool needs_room = !differentiate && output.scalar_type() != x.scalar_type();
+  const Tensor room = at::empty({chunks.slots, needs_room ? chunks.chunk : 0, tokens, channels}, x.options());
 
-  for (int64_t first = 0; first < images; first += chunk) {
-    const int64_t count = std::min(chunk, images - first);
-    const auto part = [&](const Tensor& all) { return all.narrow(0, first, count); };
-    const auto optional_part = [&](const OptionalTensor& all) {
-      return all ? OptionalTensor(part(*all)) : std::nullopt;
-    };
-    const Tensor active = activated.narrow(0, 0, count), before = differentiate ? part(hidden) : active;
-    const Tensor mean_part = part(mean), output_part = part(output);
-    multiply(before, part(x), fc1_weight);
+  chunks.for_each(x, [&](int64_t slot, bool, int64_t first, int64_t count) {
+    const auto of_chunk = [&](const Tensor& all) { return all.narrow(0, first, count); };
+    const Tensor active = activated[slot].narrow(0, 0, count), mean_part = of_chunk(mean);
+    const Tensor before = differentiate ? of_chunk(hidden) : active, output_part = of_chunk(output);
+    const Tensor y = differentiate ? of_chunk(product) : needs_room ? room[slot].narrow(0, 0, count) : output_part;
+    multiply(before, of_chunk(x), fc1_weight);
     passes.activate({extent_of(before), type_of(x), before.const_data_ptr(), data(fc1_bias), active.data_ptr(),
                      mean_part.data_ptr()},
                     scope.stream());
-    const Gates gates = run_gate(passes, scope, x, mean_part, to_reduced, offset, w_expand, fc2_bias,
-                                 optional_part(scale));
-    const Tensor y = differentiate ? part(product) : needs_room ? room.narrow(0, 0, count) : output_part;
+    const Gates gates = run_gate(passes, scope, mean_part, to_reduced, offset, expand, fc2_bias,
+                                 part(scale, first, count), of_chunk(reduced), of_chunk(gate));
     multiply(y, active, fc2_weight);
-    run_affine(passes, scope, y, gates.factor, gates.shift, optional_part(residual), output_part);
-    if (differentiate) {
-      part(reduced).copy_(gates.reduced);
-      part(gate).copy_(gates.gate);
-    }
-  }
+    run_affine(passes, scope, y, gates.factor, gates.shift, part(residual, first, count), output_part);
+  });
   return {output, hidden, product, mean, reduced, gate};
 }
 
@@ -100,28 +131,52 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> se_ml
   const Tensor grad = grad_.contiguous(), x = x_.contiguous(), w_reduce = w_reduce_.contiguous();
   const OptionalTensor fc1_bias = contiguous(fc1_bias_), fc2_bias = contiguous(fc2_bias_), scale = contiguous(scale_);
 
-  const GateGrads grads =
-      run_gate_backward(passes, scope, grad, product, gate, reduced, w_reduce, w_expand, fc2_bias, scale);
-  const Tensor d_w_expand = at::mm(grads.d_expanded.t(), reduced);
-  Tensor d_w_reduce = at::mm(at::mm(grads.d_reduced.t(), mean), fc2_weight.to(mean.scalar_type()).t());
-  if (fc2_bias) d_w_reduce.add_(at::outer(at::sum(grads.d_reduced, 0), *fc2_bias));
+  // 16-bit products over all rows at once: sums of chunks would be rounded in between.
+  const Chunks chunks(x, hidden.size(1) * (2 * hidden.size(2) + product.size(2)) * x.element_size(),
+                      x.element_size() == 2);
+  const auto scratch = [&](const Tensor& like) {
+    return at::empty({chunks.slots, chunks.chunk, like.size(1), like.size(2)}, like.options());
+  };
+  const Tensor d_x = at::empty_like(x), d_fc1_bias = at::empty_like(mean), d_fc2_bias = at::empty_like(gate);
+  const Tensor d_expanded = at::empty_like(gate), d_reduced = at::empty_like(reduced);
+  const Tensor d_scale = at::empty({x.size(0)}, mean.options());
+  const Tensor d_fc1 = at::empty({chunks.slots, fc1_weight.size(0), fc1_weight.size(1)}, x.options());
+  const Tensor d_fc2 = at::empty({chunks.slots, fc2_weight.size(0), fc2_weight.size(1)}, x.options());
+  const Tensor d_y = scratch(product), d_hidden = scratch(hidden), active = scratch(hidden);
+  const Tensor expand = w_expand.t().contiguous();
 
-  const Tensor d_y = at::empty_like(product), d_hidden = at::empty_like(hidden), active = at::empty_like(hidden);
-  const Tensor d_bias = at::empty_like(mean), d_x = at::empty_like(x);
-  run_affine(passes, scope, grad, grads.factor, grads.shift, std::nullopt, d_y);
-  multiply(d_hidden, d_y, fc2_weight.t());
-  passes.activate_backward({extent_of(hidden), type_of(x), hidden.const_data_ptr(), data(fc1_bias),
-                            d_hidden.const_data_ptr(), d_hidden.data_ptr(), active.data_ptr(), d_bias.data_ptr()},
-                           scope.stream());
-  multiply(d_x, d_hidden, fc1_weight.t());
+  chunks.for_each(x, [&](int64_t slot, bool fresh, int64_t first, int64_t count) {
+    const auto of_chunk = [&](const Tensor& all) { return all.narrow(0, first, count); };
+    const auto of_slot = [&](const Tensor& all) { return all[slot].narrow(0, 0, count); };
+    const Tensor d_y_part = of_slot(d_y), d_hidden_part = of_slot(d_hidden), active_part = of_slot(active);
+    const Tensor grad_part = of_chunk(grad), hidden_part = of_chunk(hidden);
+    const GateGrads grads = run_gate_backward(
+        passes, scope, grad_part, of_chunk(product), of_chunk(gate), of_chunk(reduced), w_reduce, expand, fc2_bias,
+        part(scale, first, count), of_chunk(d_expanded), of_chunk(d_reduced), of_chunk(d_fc2_bias), of_chunk(d_scale));
+    run_affine(passes, scope, grad_part, grads.factor, grads.shift, std::nullopt, d_y_part);
+    multiply(d_hidden_part, d_y_part, fc2_weight.t());
+    passes.activate_backward({extent_of(hidden_part), type_of(x), hidden_part.const_data_ptr(), data(fc1_bias),
+                              d_hidden_part.const_data_ptr(), d_hidden_part.data_ptr(), active_part.data_ptr(),
+                              of_chunk(d_fc1_bias).data_ptr()},
+                             scope.stream());
+    multiply_transposed(d_fc2[slot], d_y_part, active_part, fresh);
+    multiply(of_chunk(d_x), d_hidden_part, fc1_weight.t());
+    multiply_transposed(d_fc1[slot], d_hidden_part, of_chunk(x), fresh);
+  });
+
+  Tensor d_w_reduce = at::mm(at::mm(d_reduced.t(), mean), fc2_weight.to(mean.scalar_type()).t());
+  if (fc2_bias) d_w_reduce.add_(at::outer(at::sum(d_reduced, 0), *fc2_bias));
+  const auto total = [&](const Tensor& of_slots) {
+    return chunks.slots == 1 ? of_slots.squeeze(0) : at::sum(of_slots.narrow(0, 0, chunks.used_slots()), 0);
+  };
   return {d_x,
-          at::mm(rows(d_hidden).t(), rows(x)),
-          at::sum(d_bias, 0),
-          at::mm(rows(d_y).t(), rows(active)),
-          at::sum(grads.d_bias, 0),
+          total(d_fc1),
+          at::sum(d_fc1_bias, 0),
+          total(d_fc2),
+          at::sum(d_fc2_bias, 0),
           d_w_reduce,
-          d_w_expand,
-          grads.d_scale};
+          at::mm(d_expanded.t(), reduced),
+          d_scale};
 }
 
 }  // namespace t2t
