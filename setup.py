@@ -114,7 +114,13 @@ def extension(cuda: bool) -> Extension:
     capability = info["cpu_capability"]
     common = ["-O3", "-std=c++20"]
     threads = ["-fopenmp"] if sys.platform == "linux" else []  # without, at::parallel_for is a plain loop
-    cxx = [*common, *threads, *CPU_FLAGS[capability], f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}"]
+    cxx = [
+        *common,
+        *threads,
+        *CPU_FLAGS[capability],
+        f"-DCPU_CAPABILITY={capability}",
+        f"-DCPU_CAPABILITY_{capability}",
+    ]
     macros = {"FLAGS": " ".join(cxx), "CPU_CAPABILITY": capability, "ARCHITECTURES": info["architectures"]}
     if cuda:
         macros["NVCC"] = ask_nvcc("--version").splitlines()[-1]
