@@ -32,6 +32,10 @@ OptionalTensor contiguous(const OptionalTensor& tensor) {
   return tensor.has_value() ? OptionalTensor(tensor->contiguous()) : std::nullopt;
 }
 
+OptionalTensor part(const OptionalTensor& all, int64_t first, int64_t count) {
+  return all.has_value() ? OptionalTensor(all->narrow(0, first, count)) : std::nullopt;
+}
+
 Gates run_gate(const Passes& passes, const DeviceScope& scope, const Tensor& mean, const Tensor& w_reduce,
                const OptionalTensor& offset, const Tensor& expand, const OptionalTensor& bias,
                const OptionalTensor& scale, const Tensor& reduced, const Tensor& gate) {

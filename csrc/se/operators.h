@@ -21,6 +21,9 @@ const void* data(const OptionalTensor& tensor);    // null for none
 // The tensor, or none, with its values in one block of memory.
 OptionalTensor contiguous(const OptionalTensor& tensor);
 
+// `count` images of the tensor, or none.
+OptionalTensor part(const OptionalTensor& all, int64_t first, int64_t count);
+
 // The passes for a tensor's device.
 const Passes& passes_for(const Tensor& tokens);
 

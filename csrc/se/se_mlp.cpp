@@ -2,11 +2,10 @@
 // mean, and its gradients.
 //
 // The token mean commutes with fc2, so the gate needs only the token mean of the hidden layer, which the GELU's pass
-// leaves behind, and w_reduce fc2_weight, one small product per call: it is known before fc2 runs, and what fc2 makes
-// is read once, to be scaled. The same identity gives the gradient of w_reduce.
+// leaves behind, and w_reduce fc2_weight, one small product per call: it is known before fc2 runs, and what fc2 makes is
+// read once, to be scaled. The same identity gives the gradient of w_reduce.
 #include "se_mlp.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -15,46 +14,11 @@
 #include <ATen/ops/outer.h>
 #include <ATen/ops/sum.h>
 
-#include <algorithm>
+#include "../chunks.h"
 
 namespace t2t {
 
 namespace {
-
-// How the images are worked through. On a GPU all at once; on the CPU every thread takes its share in chunks whose
-// hidden values stay in its cache from one product to the next, so that threads meet only once. Where there are fewer
-// images than threads, all at once too: then products and passes share the threads.
-struct Chunks {
-  int64_t images, share, chunk, slots;
-
-  Chunks(const Tensor& x, int64_t bytes_per_image, bool at_once) : images(x.size(0)) {
-    constexpr int64_t kCacheBytes = 1 << 20;
-    const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-    at_once = at_once || !x.is_cpu() || images < threads;
-    share = at_once ? images : (images + threads - 1) / threads;
-    slots = at_once ? 1 : threads;
-    const int64_t fitting = std::max<int64_t>(1, kCacheBytes / std::max<int64_t>(1, bytes_per_image));
-    chunk = at_once ? images : std::min(share, fitting);
-  }
-
-  // Those that get any image at all.
-  int64_t used_slots() const { return share == 0 ? 1 : (images + share - 1) / share; }
-
-  // run(slot, whether it is the slot's first, first image, number of images)
-  template <class F>
-  void for_each(const Tensor& x, F&& run) const {
-    if (slots == 1 && chunk == images) return run(0, true, 0, images);
-    at::parallel_for(0, slots, 1, [&](int64_t begin, int64_t end) {
-      const DeviceScope scope(x);  // threads have dispatch keys of their own
-      for (int64_t slot = begin; slot < end; ++slot) {
-        const int64_t last = std::min(images, (slot + 1) * share);
-        for (int64_t first = slot * share; first < last; first += chunk) {
-          run(slot, first == slot * share, first, std::min(chunk, last - first));
-        }
-      }
-    });
-  }
-};
 
 Tensor rows(const Tensor& tokens) { return tokens.flatten(0, 1); }
 
@@ -68,10 +32,6 @@ void multiply(Tensor out, const Tensor& tokens, const Tensor& weight) {
 void multiply_transposed(Tensor out, const Tensor& a, const Tensor& b, bool fresh) {
   if (fresh) at::mm_out(out, rows(a).t(), rows(b));
   else at::addmm_out(out, out, rows(a).t(), rows(b));
-}
-
-OptionalTensor part(const OptionalTensor& all, int64_t first, int64_t count) {
-  return all ? OptionalTensor(all->narrow(0, first, count)) : std::nullopt;
 }
 
 }  // namespace
@@ -88,11 +48,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> se_mlp(
   const int64_t images = x.size(0), tokens = x.size(1), wide = fc1_weight.size(0), channels = fc2_weight.size(0);
   const auto acc = accumulator(x);
 
-  const Tensor to_reduced = at::mm(w_reduce, fc2_weight.to(acc)).contiguous();
+  // The gate sees the hidden mean through w_reduce fc2_weight; for a few images, through one after the other.
+  const bool few = images < w_reduce.size(0);
+  const Tensor exact_fc2 = fc2_weight.to(acc);
+  const Tensor to_reduced = few ? w_reduce.contiguous() : at::mm(w_reduce, exact_fc2).contiguous();
   const Tensor expand = w_expand.t().contiguous();
   const OptionalTensor offset = fc2_bias ? OptionalTensor(at::mv(w_reduce, *fc2_bias)) : std::nullopt;
 
-  const Chunks chunks(x, tokens * wide * x.element_size(), false);
+  const Chunks chunks(x, tokens * wide * x.element_size());
   const Tensor output = at::empty({images, tokens, channels}, residual ? residual->options() : x.options());
   const int64_t kept = differentiate ? images : 0;
   const Tensor hidden = at::empty({kept, tokens, wide}, x.options());
@@ -113,7 +76,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> se_mlp(
     passes.activate({extent_of(before), type_of(x), before.const_data_ptr(), data(fc1_bias), active.data_ptr(),
                      mean_part.data_ptr()},
                     scope.stream());
-    const Gates gates = run_gate(passes, scope, mean_part, to_reduced, offset, expand, fc2_bias,
+    const Tensor seen = few ? at::mm(mean_part, exact_fc2.t()) : mean_part;
+    const Gates gates = run_gate(passes, scope, seen, to_reduced, offset, expand, fc2_bias,
                                  part(scale, first, count), of_chunk(reduced), of_chunk(gate));
     multiply(y, active, fc2_weight);
     run_affine(passes, scope, y, gates.factor, gates.shift, part(residual, first, count), output_part);
@@ -166,8 +130,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> se_ml
 
   Tensor d_w_reduce = at::mm(at::mm(d_reduced.t(), mean), fc2_weight.to(mean.scalar_type()).t());
   if (fc2_bias) d_w_reduce.add_(at::outer(at::sum(d_reduced, 0), *fc2_bias));
-  const auto total = [&](const Tensor& of_slots) {
-    return chunks.slots == 1 ? of_slots.squeeze(0) : at::sum(of_slots.narrow(0, 0, chunks.used_slots()), 0);
+  const auto total = [](const Tensor& of_slots) {
+    return of_slots.size(0) == 1 ? of_slots.squeeze(0) : at::sum(of_slots, 0);
   };
   return {d_x,
           total(d_fc1),
