@@ -21,7 +21,8 @@ struct Chunks {
     share = at_once ? images : (images + threads - 1) / threads;
     slots = at_once ? 1 : (images + share - 1) / share;
     const int64_t fitting = std::max<int64_t>(1, kCacheBytes / std::max<int64_t>(1, bytes_per_image));
-    chunk = at_once ? images : std::min(share, fitting);
+    const int64_t rounds = std::max<int64_t>(1, (share + fitting - 1) / fitting);
+    chunk = at_once ? images : (share + rounds - 1) / rounds;
   }
 
   // run(slot, whether it is the slot's first, first image, number of images)

@@ -242,6 +242,27 @@ def test_other_dtypes_and_devices_are_refused() -> None:
     assert ops.se_gate(*meta).shape == meta[0].shape
 
 
+def test_auto_takes_what_is_faster_on_the_cpu() -> None:
+    def taken(function: Callable[[], Tensor]) -> str:
+        (decision,) = t2t_fast.explain(function).decisions
+        return decision.backend
+
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        gate, one, mlp = arguments("se_gate"), arguments("se_gate", 1), arguments("se_mlp")
+        if gate[0].device.type != "cpu":
+            pytest.skip("a policy of the CPU")
+        assert taken(lambda: ops.se_mlp(*mlp)) == "native"
+        assert taken(lambda: ops.se_mlp(*arguments("se_mlp", 1))) == "aten"
+        assert taken(lambda: ops.se_gate(*gate)) == "aten"
+        assert taken(lambda: ops.se_gate(*gate, residual=gate[0])) == "native"
+        assert taken(lambda: ops.se_gate(*one, residual=one[0])) == "aten"
+        assert taken(lambda: ops.se_gate(one[0].bfloat16(), *one[1:])) == "native"
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_bad_branches_are_named() -> None:
     tensors = arguments("se_gate")
     with pytest.raises(
@@ -301,7 +322,7 @@ def block(block_type: str, **kwargs: Any) -> Block:
 @pytest.mark.parametrize("block_type", ["se", "se_mlp"])
 def test_a_block_adds_its_branch_in_the_gates_pass(block_type: str) -> None:
     op = "se_gate" if block_type == "se" else "se_mlp"
-    layer, x = block(block_type, drop_path=0.5).train(), torch.randn(6, 5, 32)
+    layer, x = block(block_type, drop_path=0.5).train(), torch.randn(max(6, torch.get_num_threads()), 5, 32)
     results: list[Tensor] = []
     for hooked in (False, True):  # a hook on the branch makes the block add it in the literal way
         branches: list[Callable[[], None]] = []

@@ -93,6 +93,12 @@ def cannot_run(x: Tensor, *others: Tensor | None) -> str | None:
 
 
 @torch.compiler.assume_constant_result
+def num_threads() -> int:
+    """How many threads the CPU's operators have; a compiled function keeps the answer it was compiled with."""
+    return torch.get_num_threads()
+
+
+@torch.compiler.assume_constant_result
 def _device_reason(device_type: str) -> str | None:
     if extension is None:
         return why_not_loaded

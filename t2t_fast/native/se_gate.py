@@ -29,6 +29,20 @@ def can_run(
     return library.cannot_run(x, w_reduce, w_expand, residual, branch_scale)
 
 
+def is_slower(
+    x: Tensor, w_reduce: Tensor, w_expand: Tensor, residual: Tensor | None, branch_scale: Tensor | None
+) -> str | None:
+    """None, or why ``auto`` passes it over (measured by benchmarks/se_mlp.py)."""
+    if x.device.type != "cpu" or x.dtype in (torch.float16, torch.bfloat16):
+        return None
+    if x.shape[0] < library.num_threads():
+        return "fewer images than threads: the library's passes are as fast"
+    tensors = (x, w_reduce, w_expand)
+    if residual is None and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+        return "the gate alone, without gradients or a residual: the library's two passes are as fast"
+    return None
+
+
 def with_residual(run: Any, dtype: torch.dtype, residual: Tensor | None) -> Tensor:
     """``run(residual)`` in the dtype that ``residual + run(None)`` would have, ``dtype`` being that of ``run(None)``.
 

@@ -53,6 +53,13 @@ def can_run(
     return library.cannot_run(x, fc1_weight, fc1_bias, fc2_weight, *rest)
 
 
+def is_slower(x: Tensor, *rest: Tensor | None) -> str | None:
+    """None, or why ``auto`` passes it over (measured by benchmarks/se_mlp.py)."""
+    if x.device.type == "cpu" and x.shape[0] < library.num_threads():
+        return "fewer images than threads: the products are all that counts, and the library's are as fast"
+    return None
+
+
 def _fake(
     x: Tensor,
     fc1_weight: Tensor,

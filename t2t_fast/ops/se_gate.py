@@ -15,7 +15,7 @@ from ..reference import se_gate as reference_se_gate
 _OP = Op(
     "se_gate",
     (
-        Implementation("native", native_se_gate.forward, native_se_gate.can_run),
+        Implementation("native", native_se_gate.forward, native_se_gate.can_run, native_se_gate.is_slower),
         Implementation("aten", aten_se_gate.forward),
         Implementation("reference", reference_se_gate.forward),
     ),

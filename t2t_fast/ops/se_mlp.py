@@ -14,7 +14,7 @@ from .se_gate import check_branch, check_se_weights
 _OP = Op(
     "se_mlp",
     (
-        Implementation("native", native_se_mlp.forward, native_se_mlp.can_run),
+        Implementation("native", native_se_mlp.forward, native_se_mlp.can_run, native_se_mlp.is_slower),
         Implementation("aten", aten_se_mlp.forward),
         Implementation("reference", reference_se_mlp.forward),
     ),
