@@ -1,8 +1,9 @@
 """What pyproject.toml cannot say: where `t2t_fast.kernels` lives, and how the optional C++/CUDA extension is built.
 
 The extension is built for the torch of the environment, with CUDA where there are nvcc and a torch built for CUDA;
-whether there is a GPU is never asked. Where it cannot be built, the installation succeeds without it, and
-``t2t_fast/_C.json`` keeps the reason for `python -m t2t_fast env`. From the environment:
+whether there is a GPU is never asked. Where it cannot be built, the installation succeeds without it, and a file
+beside where it would lie (``t2t_fast/_C.<platform>.json``) keeps the reason for `python -m t2t_fast env`.
+From the environment:
 
 ``T2T_FAST_NO_EXT=1``           skips it.
 ``T2T_FAST_CPU_CAPABILITY``     DEFAULT, AVX2 or AVX512: the instructions it may use; those of this machine unless set.
@@ -175,13 +176,12 @@ class BuildOptionalExtension(build_ext if torch is None else cpp_extension.Build
                 no_cuda = self.attempt(cuda=True)
             failure = self.attempt(cuda=False) if no_cuda else None
             report = {"built": failure is None, "reason": failure, "no_cuda": no_cuda, **describe(cuda=not no_cuda)}
-        folder = Path(self.get_ext_fullpath(NAME)).parent
+        binary = Path(self.get_ext_fullpath(NAME))
+        binary.parent.mkdir(parents=True, exist_ok=True)
         if not report["built"]:
-            for stale in folder.glob("_C.*.so"):
-                stale.unlink()
+            binary.unlink(missing_ok=True)  # an older build's, of other sources
             sys.stderr.write(f"t2t_fast's extension is not built: {report['reason']}\n")
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "_C.json").write_text(json.dumps(report, indent=1) + "\n")
+        binary.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
 
     def attempt(self, cuda: bool) -> str | None:
         """Build with or without CUDA; None, or what went wrong."""

@@ -24,7 +24,7 @@ def folder_with(path: Path, *, binary: bytes | None = b"no library", report: obj
     good = {"built": True, "torch": torch.__version__, "cpu_capability": "DEFAULT"}
     if binary is not None:
         (path / f"_C{SUFFIX}").write_bytes(binary)
-    (path / "_C.json").write_text(json.dumps(good | changes if report is None else report))
+    (path / f"_C{SUFFIX}").with_suffix(".json").write_text(json.dumps(good | changes if report is None else report))
     return path
 
 
@@ -46,7 +46,7 @@ def test_the_extension_of_this_installation_is_loaded() -> None:
         ({"torch": "2.0.1+cpu"}, f"built for torch 2.0.1+cpu, and this is {torch.__version__[:4]}"),
         ({"cpu_capability": "AVX1024"}, "built for AVX1024 instructions, and this CPU is used with"),
         ({"binary": None}, f"not built: there is no _C{SUFFIX}"),
-        ({"report": [1]}, "report _C.json is missing or damaged"),
+        ({"report": [1]}, "is missing or damaged"),
     ],
 )
 def test_what_is_not_opened(tmp_path: Path, changes: dict[str, object], words: str) -> None:

@@ -1,7 +1,7 @@
 """Load the extension ``t2t_fast._C``, or keep the real reason why not; whether its operators can run, in words.
 
-It may be missing (no compiler, ``T2T_FAST_NO_EXT=1``, a failed build: ``_C.json``, written by ``setup.py``, knows), or
-be built for another torch or another CPU, in which case it is not even opened.
+It may be missing (no compiler, ``T2T_FAST_NO_EXT=1``, a failed build: the report that ``setup.py`` writes beside it
+knows), or be built for another torch or another CPU, in which case it is not even opened.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ..aten.autograd import is_exporting, is_transformed
 
-_REPORT = "_C.json"
+_BINARY = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+_REPORT = str(Path(_BINARY).with_suffix(".json"))
 _HINT = "; to build it: pip install --no-build-isolation -e . in the sources, with a C++ compiler"
 _CAPABILITIES = ("DEFAULT", "AVX2", "AVX512")  # each can do what those before it do
 
@@ -36,11 +37,10 @@ def objection(report: dict[str, Any], folder: Path) -> str | None:
     """Why the extension in ``folder`` must not be opened here, judged by the report of its build; None if it may."""
     if report and not report.get("built"):
         return f"the extension is not built: {report.get('reason')}{_HINT}"
-    suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    if not (folder / f"_C{suffix}").exists():
+    if not (folder / _BINARY).exists():
         others = sorted(path.name for path in folder.glob("_C.*.so"))
         found = f" (found: {', '.join(others)}, of another Python)" if others else ""
-        return f"the extension is not built: there is no _C{suffix} beside the package's files{found}{_HINT}"
+        return f"the extension is not built: there is no {_BINARY} beside the package's files{found}{_HINT}"
     if not report:
         return f"the extension's report {_REPORT} is missing or damaged{_HINT}"
     if report.get("torch") != torch.__version__:
