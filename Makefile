@@ -25,15 +25,15 @@ ifneq ($(shell cat $(STAMP) 2> /dev/null),$(TORCH))
 .PHONY: $(STAMP)
 endif
 
-$(STAMP): pyproject.toml setup.py
+$(STAMP): pyproject.toml setup.py $(shell find csrc -type f)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "t2t_fast needs Python 3.11 or newer, and $(PYTHON) is not: try 'make PYTHON=python3.12 ...'" >&2; exit 1; }
 	@rm -f $@
 	@echo "[1/3] making .venv with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv .venv
 	@echo "[2/3] installing $(TORCH) and torchvision: a few gigabytes, one to several minutes"
-	@$(PIP) "$(TORCH)" torchvision "setuptools>=77" wheel
-	@echo "[3/3] installing t2t_fast, editable, and its tools"
+	@$(PIP) "$(TORCH)" torchvision "setuptools>=77" wheel ninja
+	@echo "[3/3] installing t2t_fast, editable, with its C++/CUDA extension where it can be built, and its tools"
 	@$(PIP) --no-build-isolation --editable ".[dev]"
 	@echo "$(TORCH)" > $@
 
@@ -63,5 +63,5 @@ format: $(STAMP) ## rewrite the sources in the project's style
 	@$(BIN)/ruff format .
 
 clean: ## remove .venv, builds and caches
-	@rm -rf .venv build dist *.egg-info .benchmarks .mypy_cache .pytest_cache .ruff_cache
+	@rm -rf .venv build dist *.egg-info .benchmarks .mypy_cache .pytest_cache .ruff_cache t2t_fast/_C.*
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -5,7 +5,9 @@
 ``TRITON_INTERPRET``
     Triton's own: ``1`` when the kernels are imported runs them in its interpreter, on the CPU, for tests.
 ``T2T_FAST_NO_EXT``
-    ``1`` skips the C++/CUDA extension at build time. Read by ``setup.py`` alone.
+    ``1`` skips the C++/CUDA extension at build time. Read by ``setup.py`` alone, like the next.
+``T2T_FAST_CPU_CAPABILITY``
+    ``DEFAULT``, ``AVX2`` or ``AVX512``: the instructions that the extension is built for; this machine's unless set.
 """
 
 from __future__ import annotations

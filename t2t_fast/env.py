@@ -18,11 +18,12 @@ def collect_env() -> dict[str, Any]:
     import torch
 
     from t2t_fast import __version__
+    from t2t_fast.native import library
 
     return {
         "t2t_fast": __version__,
         "git": _git_state(Path(__file__).resolve().parents[1]),
-        "extension": {"built": False, "reason": "this version of t2t_fast has no C++ or CUDA extension"},
+        "extension": library.describe(),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         **{name: _version(name) for name in _PACKAGES},

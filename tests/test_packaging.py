@@ -8,6 +8,7 @@ import sys
 import tarfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,9 +43,13 @@ print(json.dumps({
 """
 
 
-def run(*command: str | Path, cwd: Path) -> str:
-    """Standard output of a command that must succeed, in an environment that points at no other installation."""
+def run(*command: str | Path, cwd: Path, **environment: str) -> str:
+    """Standard output of a command that must succeed, in an environment that points at no other installation.
+
+    The extension has tests of its own, so it is not built unless ``T2T_FAST_NO_EXT`` says so.
+    """
     env = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "T2T_FAST_"))}
+    env |= {"T2T_FAST_NO_EXT": "1", **environment}
     result = subprocess.run([str(part) for part in command], cwd=cwd, env=env, capture_output=True, text=True)
     assert result.returncode == 0, f"{command} failed:\n{result.stdout}\n{result.stderr}"
     return result.stdout
@@ -55,7 +60,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the project to build from: builds write into the tree."""
     copy = tmp_path_factory.mktemp("source")
     for name in SOURCES:
-        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.so", "_C.*.json"))
     for name in FILES:
         shutil.copy(ROOT / name, copy / name)
     return copy
@@ -86,10 +91,10 @@ def site_packages(venv: Path) -> Path:
     return next(venv.glob("lib/python*/site-packages"))
 
 
-def install(venv: Path, *what: str | Path) -> None:
+def install(venv: Path, *what: str | Path, **environment: str) -> None:
     # --ignore-installed: the t2t_fast of the running environment does not count
     pip = (sys.executable, "-m", "pip", "--python", venv / "bin" / "python", "install")
-    run(*pip, "--no-index", "--no-deps", "--no-build-isolation", "--ignore-installed", *what, cwd=venv)
+    run(*pip, "--no-index", "--no-deps", "--no-build-isolation", "--ignore-installed", *what, cwd=venv, **environment)
 
 
 def imported_from(venv: Path, cwd: Path) -> list[Path]:
@@ -117,6 +122,57 @@ def test_regular_install_in_the_repository_root(archives: dict[str, Path], sourc
 
 def test_uninstalled_in_the_repository_root(source: Path, venv: Path) -> None:
     assert imported_from(venv, cwd=source) == [source / "t2t_fast", source / "kernels"]
+
+
+USE_THE_EXTENSION = """
+import json, torch, t2t_fast
+from t2t_fast.env import collect_env
+x, r = torch.randn(2, 5, 8), torch.randn(3, 8)
+torch.set_num_threads(2)
+explanation = t2t_fast.explain(lambda: t2t_fast.ops.se_gate(x.bfloat16(), r, r.T))
+print(json.dumps({"extension": collect_env()["extension"], "explain": str(explanation)}))
+"""
+
+
+def extension_after_install(venv: Path, source: Path, cwd: Path, **environment: str) -> tuple[dict[str, Any], str]:
+    """What `python -m t2t_fast env` and `explain` know of the extension that an installation has built."""
+    install(venv, source, T2T_FAST_NO_EXT="0", **environment)
+    output = run(venv / "bin" / "python", "-c", USE_THE_EXTENSION, cwd=cwd)
+    found = json.loads(output.splitlines()[-1])
+    return found["extension"], found["explain"]
+
+
+@pytest.mark.slow
+def test_extension_with_a_compiler_alone(source: Path, venv: Path, tmp_path: Path) -> None:
+    state, explained = extension_after_install(venv, source, tmp_path, CUDA_HOME=str(tmp_path / "none"))
+    assert state["built"] and state["loaded"] and state["architectures"] == ""
+    assert "no CUDA toolkit" in state["no_cuda"]
+    assert explained.startswith("se_gate x1: native")
+
+
+def test_installs_without_a_compiler(source: Path, venv: Path, tmp_path: Path) -> None:
+    state, explained = extension_after_install(venv, source, tmp_path, CXX="no-such-compiler")
+    assert not state["built"] and not state["loaded"]
+    assert "there was no C++ compiler (no-such-compiler)" in state["reason"]
+    assert "native: the extension is not built: there was no C++ compiler" in explained
+
+
+def test_installs_without_the_extension(source: Path, venv: Path, tmp_path: Path) -> None:
+    install(venv, source)
+    output = run(venv / "bin" / "python", "-m", "t2t_fast", "env", cwd=tmp_path)
+    assert "the extension is not built: T2T_FAST_NO_EXT=1 was set when t2t_fast was installed" in output
+
+
+@pytest.mark.slow
+def test_a_broken_build_is_reported_in_the_compilers_words(source: Path, venv: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(source, broken, ignore=shutil.ignore_patterns("build"))
+    (broken / "csrc" / "broken.cpp").write_text("int broken = undeclared_name;\n")
+    state, explained = extension_after_install(venv, broken, tmp_path, CUDA_HOME=str(tmp_path / "none"))
+    assert not state["built"]
+    for words in (state["reason"], explained):
+        assert "the C++ build failed" in words
+        assert "undeclared_name" in words
 
 
 def test_wheel_contents(archives: dict[str, Path]) -> None:

@@ -9,7 +9,7 @@ from helpers import assert_close, gradients, hand_written, leaves, rounding_move
 from t2t_fast import ops
 from t2t_fast.reference import se_gate as reference
 
-BACKENDS = ("reference", "aten")
+BACKENDS = ("reference", "aten", "native")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -12,7 +12,7 @@ from torch import Tensor
 from t2t_fast import ops
 from t2t_fast.reference import se_mlp as reference
 
-BACKENDS = ("reference", "aten")
+BACKENDS = ("reference", "aten", "native")
 
 
 def make(tokens: int, dim: int, hidden: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:

@@ -29,6 +29,12 @@ def is_transformed() -> bool:
     return torch.jit.is_tracing() or torch._C._are_functorch_transforms_active() or forward_mode()
 
 
+@torch.compiler.assume_constant_result
+def is_exporting() -> bool:
+    """Whether ``torch.export`` watches: its program must run without this package, so on library operations."""
+    return torch.compiler.is_exporting()
+
+
 def forward_mode() -> bool:
     """Whether forward-mode derivatives are being taken (``torch.func.jvp``, ``torch.autograd.forward_ad``)."""
     return torch.autograd.forward_ad._current_level >= 0

@@ -16,7 +16,9 @@ def forward(
     fc2_bias: Tensor | None,
     w_reduce: Tensor,
     w_expand: Tensor,
+    residual: Tensor | None = None,
+    branch_scale: Tensor | None = None,
 ) -> Tensor:
-    """(B, N, C) to (B, N, C)."""
+    """(B, N, C) to (B, N, out)."""
     y = F.linear(F.gelu(F.linear(x, fc1_weight, fc1_bias)), fc2_weight, fc2_bias)
-    return se_gate.forward(y, w_reduce, w_expand)
+    return se_gate.forward(y, w_reduce, w_expand, residual, branch_scale)

@@ -49,12 +49,20 @@ class Attention(nn.Module):
         self.se_layer = SELayer(dim, backend=backend) if se else nn.Identity()
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, C) to (B, N, C)."""
+    @property
+    def adds_residual(self) -> bool:
+        """Whether the gate comes last, so that its pass can add the residual; see ``add_branch``."""
+        return isinstance(self.se_layer, SELayer) and not (self.training and self.proj_drop.p > 0)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, branch_scale: Tensor | None = None) -> Tensor:
+        """(B, N, C) to (B, N, C); the last two, where it ``adds_residual``, as for :func:`t2t_fast.ops.se_gate`."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
         dropout_p = self.attn_drop.p if self.training else 0.0
         y = attention(qkv[0], qkv[1], qkv[2], self.scale, dropout_p, backend=self.backend)
-        return self.proj_drop(self.se_layer(self.proj(y.transpose(1, 2).flatten(2))))
+        y = self.proj(y.transpose(1, 2).flatten(2))
+        if residual is not None:
+            return self.se_layer(y, residual, branch_scale)
+        return self.proj_drop(self.se_layer(y))
 
 
 def head_dim(dim: int, num_heads: int) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .attention import Attention
 from .ghost import GhostAttention, GhostMlp
-from .se import SEMlp
+from .se import SEMlp, add_branch
 
 BLOCK_TYPES = ("standard", "se", "se_mlp", "ghost", "dense")
 
@@ -75,8 +75,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, C) to (B, N, C)."""
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        x = add_branch(x, self.attn, self.norm1(x), self.drop_path)
+        return add_branch(x, self.mlp, self.norm2(x), self.drop_path)
 
 
 class DenseBlock(Block):

@@ -2,33 +2,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from ..aten import se_gate as aten_se_gate
 from ..checks import check_shape, check_tensor
 from ..dispatch import Implementation, Op
+from ..native import se_gate as native_se_gate
 from ..reference import se_gate as reference_se_gate
 
 _OP = Op(
     "se_gate",
     (
+        Implementation("native", native_se_gate.forward, native_se_gate.can_run, native_se_gate.is_slower),
         Implementation("aten", aten_se_gate.forward),
         Implementation("reference", reference_se_gate.forward),
     ),
 )
 
 
-def se_gate(x: Tensor, w_reduce: Tensor, w_expand: Tensor, *, backend: str = "auto") -> Tensor:
+def se_gate(
+    x: Tensor,
+    w_reduce: Tensor,
+    w_expand: Tensor,
+    *,
+    residual: Tensor | None = None,
+    branch_scale: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
     """``x * sigmoid(W_expand relu(W_reduce mean_over_tokens(x)))`` (paper §3.3; arXiv 1709.01507).
+
+    With the last two arguments, the end of a residual branch: ``residual + branch_scale * se_gate(x)``, where the
+    backend can without another pass over the tokens.
 
     Args:
         x: Tokens (B, N, C); the mean runs over all of them, class token included.
         w_reduce: (R, C), R = C // 16 in the paper.
         w_expand: (C, R).
+        residual: Added to the result: (B, N, C) or None.
+        branch_scale: A factor per image, (B,), or None: stochastic depth's, zero for a dropped branch.
         backend: See :mod:`t2t_fast.ops`.
 
     Returns:
-        (B, N, C) in the dtype of ``x``; the gate itself is computed in float32 or better.
+        (B, N, C) in the dtype of ``x``, promoted with that of ``residual``; the gate itself is computed in float32 or
+        better.
 
     Raises:
         TypeError: An argument has the wrong type or dtype.
@@ -37,7 +55,16 @@ def se_gate(x: Tensor, w_reduce: Tensor, w_expand: Tensor, *, backend: str = "au
     """
     check_tensor("x", x, 3)
     check_se_weights(x.shape[2], w_reduce, w_expand)
-    return _OP(backend, x, w_reduce, w_expand)
+    check_branch(x.shape, residual, branch_scale)
+    return _OP(backend, x, w_reduce, w_expand, residual, branch_scale)
+
+
+def check_branch(shape: Sequence[int], residual: Tensor | None, branch_scale: Tensor | None) -> None:
+    """Raise unless the residual has the result's ``shape`` and the scale one number per image."""
+    if residual is not None:
+        check_shape("residual", residual, shape, "that of the result")
+    if branch_scale is not None:
+        check_shape("branch_scale", branch_scale, shape[:1], "(B,)")
 
 
 def check_se_weights(channels: int, w_reduce: Tensor, w_expand: Tensor) -> None:

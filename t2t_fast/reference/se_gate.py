@@ -14,12 +14,26 @@ def gate(mean: Tensor, w_reduce: Tensor, w_expand: Tensor) -> Tensor:
     return torch.sigmoid(F.linear(F.relu(F.linear(mean, w_reduce)), w_expand))
 
 
-def forward(x: Tensor, w_reduce: Tensor, w_expand: Tensor) -> Tensor:
+def add_branch(y: Tensor, residual: Tensor | None, branch_scale: Tensor | None) -> Tensor:
+    """``residual + branch_scale * y``, either of which may be None; ``branch_scale`` is (B,)."""
+    if branch_scale is not None:
+        y = y * branch_scale.to(y.dtype)[:, None, None]
+    return y if residual is None else residual + y
+
+
+def forward(
+    x: Tensor,
+    w_reduce: Tensor,
+    w_expand: Tensor,
+    residual: Tensor | None = None,
+    branch_scale: Tensor | None = None,
+) -> Tensor:
     """(B, N, C) to (B, N, C) in the dtype of ``x``; the gate is computed in float32 or better."""
     dtype = compute_dtype(x)
     with no_autocast(x):
         mean = F.adaptive_avg_pool1d(x.transpose(1, 2).to(dtype), 1).squeeze(2)
-        return (x * gate(mean, w_reduce.to(dtype), w_expand.to(dtype)).unsqueeze(1)).to(x.dtype)
+        y = (x * gate(mean, w_reduce.to(dtype), w_expand.to(dtype)).unsqueeze(1)).to(x.dtype)
+        return add_branch(y, residual, branch_scale)
 
 
 def backward(grad: Tensor, x: Tensor, w_reduce: Tensor, w_expand: Tensor) -> tuple[Tensor, Tensor, Tensor]:
