@@ -194,8 +194,9 @@ class Op:
 def explain(model: Callable[..., Any], *inputs: Any, **kwargs: Any) -> Explanation:
     """Run ``model(*inputs)`` once and tell, per op, which implementation ran and why the others did not.
 
-    Gradients are off and random state is put back afterwards; the model's training mode is left as it is. A model
-    wrapped by ``torch.compile`` decides while it is traced: explain the module inside (``compiled._orig_mod``).
+    What it tells is true of this very call: with gradients on, as for training; under ``torch.no_grad()`` or
+    ``torch.inference_mode()``, as for inference. Random state is put back afterwards. A model wrapped by
+    ``torch.compile`` decides while it is traced: explain the module inside (``compiled._orig_mod``).
 
     Returns:
         An :class:`Explanation`; ``print`` it, or read ``.decisions``.
@@ -205,7 +206,7 @@ def explain(model: Callable[..., Any], *inputs: Any, **kwargs: Any) -> Explanati
     devices = sorted({x.device for x in inputs if isinstance(x, torch.Tensor) and x.device.type != "cpu"}, key=str)
     device_type = devices[0].type if devices else "cuda"
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=devices, device_type=device_type):
+        with torch.random.fork_rng(devices=devices, device_type=device_type):
             model(*inputs, **kwargs)
     finally:
         _explanation.reset(token)

@@ -12,11 +12,14 @@ from torch import Tensor
 from ..numerics import no_autocast
 
 
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd will ask for a gradient of one of them."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 def wants_hand_written_backward(*tensors: Tensor | None) -> bool:
     """Whether gradients will be taken eagerly: compilers and tracers differentiate the plain operations themselves."""
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed():
-        return False
-    return any(t is not None and t.requires_grad for t in tensors)
+    return wants_gradient(*tensors) and not torch.compiler.is_compiling() and not is_transformed()
 
 
 def may_overwrite(*factors: Tensor) -> bool:

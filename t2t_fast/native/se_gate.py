@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..aten.autograd import wants_gradient
 from ..numerics import compute_dtype, no_autocast
 from . import library
 
@@ -37,8 +38,7 @@ def is_slower(
         return None
     if x.shape[0] < library.num_threads():
         return "fewer images than threads: the library's passes are as fast"
-    tensors = (x, w_reduce, w_expand)
-    if residual is None and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+    if residual is None and not wants_gradient(x, w_reduce, w_expand):
         return "the gate alone, without gradients or a residual: the library's two passes are as fast"
     return None
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from ..aten.autograd import wants_gradient
 from ..numerics import compute_dtype, no_autocast, product_dtype
 from . import library
 from .se_gate import output_like, with_residual
@@ -37,9 +38,7 @@ def forward(
             w_expand.to(compute),
         )
         scale = None if branch_scale is None else branch_scale.to(compute)
-        differentiate = torch.is_grad_enabled() and any(
-            t is not None and t.requires_grad for t in (*tensors, scale, residual)
-        )
+        differentiate = wants_gradient(*tensors, scale, residual)
         return with_residual(lambda r: torch.ops.t2t_fast.se_mlp(*tensors, r, scale, differentiate)[0], dtype, residual)
 
 
@@ -53,10 +52,14 @@ def can_run(
     return library.cannot_run(x, fc1_weight, fc1_bias, fc2_weight, *rest)
 
 
-def is_slower(x: Tensor, *rest: Tensor | None) -> str | None:
-    """None, or why ``auto`` passes it over (measured by benchmarks/se_mlp.py)."""
-    if x.device.type == "cpu" and x.shape[0] < library.num_threads():
+def is_slower(x: Tensor, fc1_weight: Tensor, *rest: Tensor | None) -> str | None:
+    """None, or why ``auto`` passes it over (measured by benchmarks/se_mlp.py at 64 and 384 channels)."""
+    if x.device.type != "cpu":
+        return None
+    if x.shape[0] < library.num_threads():
         return "fewer images than threads: the products are all that counts, and the library's are as fast"
+    if min(fc1_weight.shape) >= 256 and product_dtype(x).itemsize > 2 and wants_gradient(x, fc1_weight, *rest):
+        return "training in float32 at this width: the products are all that counts, and the library's are as fast"
     return None
 
 

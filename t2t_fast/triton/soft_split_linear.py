@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from ..aten.autograd import wants_gradient
 from ..aten.soft_split_linear import fold_norm
 from ..numerics import compute_dtype, is_autocast, no_autocast, product_dtype
 from ..reference.soft_split import as_image, window_grid
@@ -42,7 +43,7 @@ def forward(
             norm_bias = None if norm_bias is None else norm_bias.to(compute)
             weight, offset = fold_norm(weight.to(compute), offset, norm_weight.to(compute), norm_bias)
         tensors = (as_image(x, grid), weight, offset)
-        differentiate = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        differentiate = wants_gradient(*tensors)
         norm = norm_weight is not None
         return _soft_split_linear(*tensors, dtype, kernel_size, stride, padding, norm, eps, differentiate)[0]
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from ..aten.autograd import wants_gradient
 from ..aten.soft_split_linear import fold_norm
 from ..numerics import compute_dtype, no_autocast, product_dtype
 from ..reference.soft_split import as_image, window_grid
@@ -42,7 +43,7 @@ def not_joined(split: tuple[Any, ...], layer: tuple[Any, ...]) -> str | None:
         return "there is no first LayerNorm"
     if layer[9] or layer[10]:
         return "there is dropout"
-    if token_performer.wants_gradient(*(t for t in (*split, *layer) if isinstance(t, Tensor))):
+    if wants_gradient(*(t for t in (*split, *layer) if isinstance(t, Tensor))):
         return "gradients are wanted"
     return token_performer.not_fused(x.device, product_dtype(x), w, fc1_weight, False)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from ..aten.autograd import wants_gradient
 from ..aten.soft_split_linear import fold_norm
 from ..numerics import compute_dtype, is_autocast, no_autocast, product_dtype
 from ..reference import token_performer as reference
@@ -71,11 +72,6 @@ def detail(*args: Any) -> str:
     tensors = args[:10]
     reason = not_fused(tensors[0].device, tensors[0].dtype, tensors[1], tensors[6], wants_gradient(*tensors))
     return f"attention kernels, then library operations: {reason}" if reason else "fused"
-
-
-def wants_gradient(*tensors: Tensor | None) -> bool:
-    """Whether autograd will ask for a gradient of one of them."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 @torch.compiler.assume_constant_result
