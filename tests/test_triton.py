@@ -371,17 +371,18 @@ def test_reference_is_what_the_operator_computes() -> None:
 def test_explain_tells_which_kernels_a_stage_takes() -> None:
     def told(*shape: int, train: bool = False, **kwargs: Any) -> str:
         stage = TokenPerformer(3, *shape, 7, 4, 2, backend="triton", **kwargs).to(torch.empty(0).device).train(train)
-        return str(t2t_fast.explain(stage, torch.randn(1, 3, 16, 16)))
+        with torch.set_grad_enabled(train):
+            return str(t2t_fast.explain(stage, torch.randn(1, 3, 16, 16)))
 
     assert told(16).startswith("soft_split_performer x1: triton (joined)\n")
     assert "triton (soft_split_linear, then token_performer: there is dropout)" in told(16, train=True)
     assert "triton (soft_split_linear, then token_performer: 72 channels, features or hidden units are" in told(72)
     tensors = [image(*shape) for shape in ((1, 4, 48), (8, 16), (16, 16), (16,), (16,), (16,), (16, 16), (16,))]
     tensors += [image(16, 16), image(16)]
-    assert "triton (fused)" in str(t2t_fast.explain(lambda: ops.token_performer(*tensors, **TRITON)))
 
-    def learn() -> Tensor:
-        with torch.enable_grad():
-            return ops.token_performer(*tensors, **TRITON)
+    def call() -> Tensor:
+        return ops.token_performer(*tensors, **TRITON)
 
-    assert "attention kernels, then library operations: w is to be learned" in str(t2t_fast.explain(learn))
+    with torch.no_grad():
+        assert "triton (fused)" in str(t2t_fast.explain(call))
+    assert "attention kernels, then library operations: w is to be learned" in str(t2t_fast.explain(call))
