@@ -64,8 +64,7 @@ def measure(shape: tuple[int, ...], dtype_name: str, part: str, allocator: str, 
             return list(torch.autograd.grad(function(*tensors, backend=backend), tensors, grad.to(tensors[0].dtype)))
         with torch.inference_mode():
             if backend == PRODUCTS:
-                linear = torch.nn.functional.linear
-                return [linear(linear(tensors[0], tensors[1]), tensors[3])]
+                return [ops.linear(ops.linear(tensors[0], tensors[1]), tensors[3])]
             return [function(*tensors, backend=backend)]
 
     if allocator == "grown":  # glibc keeps blocks up to the largest that was ever freed, 32 MiB at most

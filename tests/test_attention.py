@@ -62,3 +62,19 @@ def test_dropout_keeps_the_mean(backend: str) -> None:
     assert got.std().item() > 0.01
     with pytest.raises(ValueError, match=r"dropout_p must be in \[0, 1\), got 1\.0"):
         ops.attention(q, q, v, 0.5, 1.0)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(("images", "heads", "tokens"), [(5, 6, 197), (2, 1, 1100), (1, 3, 1), (0, 2, 5)])
+def test_bfloat16_on_the_cpu_in_blocks(images: int, heads: int, tokens: int) -> None:
+    """Several groups of images, several blocks of rows, their remainders, and an empty batch."""
+    qkv = torch.randn(images, tokens, 3, heads, 16).bfloat16().permute(2, 0, 3, 1, 4)
+    exact = qkv.double()
+    want = torch.softmax(exact[0] @ exact[1].transpose(-2, -1) / 4, -1) @ exact[2]
+    got = ops.attention(*qkv, 0.25, backend="aten")
+    assert got.dtype == torch.bfloat16
+    assert_close(got, want, torch.bfloat16, tokens)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = ops.attention(*qkv.float(), 0.25, backend="aten")
+    assert got.dtype == torch.bfloat16
+    assert_close(got, want, torch.bfloat16, tokens)

@@ -6,7 +6,6 @@
 // read once, to be scaled. The same identity gives the gradient of w_reduce.
 #include "se_mlp.h"
 
-#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/mm.h>
@@ -15,26 +14,9 @@
 #include <ATen/ops/sum.h>
 
 #include "../chunks.h"
+#include "../products.h"
 
 namespace t2t {
-
-namespace {
-
-Tensor rows(const Tensor& tokens) { return tokens.flatten(0, 1); }
-
-// out = tokens weight^T
-void multiply(Tensor out, const Tensor& tokens, const Tensor& weight) {
-  Tensor out_rows = rows(out);
-  at::mm_out(out_rows, rows(tokens), weight.t());
-}
-
-// out = a^T b over all rows, or out += it.
-void multiply_transposed(Tensor out, const Tensor& a, const Tensor& b, bool fresh) {
-  if (fresh) at::mm_out(out, rows(a).t(), rows(b));
-  else at::addmm_out(out, out, rows(a).t(), rows(b));
-}
-
-}  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> se_mlp(
     const Tensor& x_, const Tensor& fc1_weight, const OptionalTensor& fc1_bias_, const Tensor& fc2_weight,
@@ -63,23 +45,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> se_mlp(
   const Tensor mean = at::empty({images, wide}, x.options().dtype(acc));
   const Tensor reduced = at::empty({images, w_reduce.size(0)}, mean.options());
   const Tensor gate = at::empty({images, channels}, mean.options());
-  const Tensor activated = at::empty({chunks.slots, chunks.chunk, tokens, wide}, x.options());
-  const bool needs_room = !differentiate && output.scalar_type() != x.scalar_type();
-  const Tensor room = at::empty({chunks.slots, needs_room ? chunks.chunk : 0, tokens, channels}, x.options());
 
-  chunks.for_each(x, [&](int64_t slot, bool, int64_t first, int64_t count) {
+  chunks.for_each(x, [&](int64_t, bool, int64_t first, int64_t count) {
     const auto of_chunk = [&](const Tensor& all) { return all.narrow(0, first, count); };
-    const Tensor active = activated[slot].narrow(0, 0, count), mean_part = of_chunk(mean);
-    const Tensor before = differentiate ? of_chunk(hidden) : active, output_part = of_chunk(output);
-    const Tensor y = differentiate ? of_chunk(product) : needs_room ? room[slot].narrow(0, 0, count) : output_part;
-    multiply(before, of_chunk(x), fc1_weight);
+    const auto kept_part = [&](const Tensor& all) { return differentiate ? OptionalTensor(of_chunk(all)) : std::nullopt; };
+    const Tensor mean_part = of_chunk(mean), output_part = of_chunk(output);
+    const Tensor before = multiply(of_chunk(x), fc1_weight, kept_part(hidden));
+    const Tensor active = differentiate ? at::empty_like(before) : before;
     passes.activate({extent_of(before), type_of(x), before.const_data_ptr(), data(fc1_bias), active.data_ptr(),
                      mean_part.data_ptr()},
                     scope.stream());
     const Tensor seen = few ? at::mm(mean_part, exact_fc2.t()) : mean_part;
     const Gates gates = run_gate(passes, scope, seen, to_reduced, offset, expand, fc2_bias,
                                  part(scale, first, count), of_chunk(reduced), of_chunk(gate));
-    multiply(y, active, fc2_weight);
+    const bool in_place = !differentiate && output.scalar_type() == x.scalar_type() && !x.is_cpu();
+    const Tensor y = multiply(active, fc2_weight, in_place ? OptionalTensor(output_part) : kept_part(product));
     run_affine(passes, scope, y, gates.factor, gates.shift, part(residual, first, count), output_part);
   });
   return {output, hidden, product, mean, reduced, gate};
@@ -98,34 +78,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> se_ml
   // 16-bit products over all rows at once: sums of chunks would be rounded in between.
   const Chunks chunks(x, hidden.size(1) * (2 * hidden.size(2) + product.size(2)) * x.element_size(),
                       x.element_size() == 2);
-  const auto scratch = [&](const Tensor& like) {
-    return at::empty({chunks.slots, chunks.chunk, like.size(1), like.size(2)}, like.options());
-  };
   const Tensor d_x = at::empty_like(x), d_fc1_bias = at::empty_like(mean), d_fc2_bias = at::empty_like(gate);
   const Tensor d_expanded = at::empty_like(gate), d_reduced = at::empty_like(reduced);
   const Tensor d_scale = at::empty({x.size(0)}, mean.options());
   const Tensor d_fc1 = at::empty({chunks.slots, fc1_weight.size(0), fc1_weight.size(1)}, x.options());
   const Tensor d_fc2 = at::empty({chunks.slots, fc2_weight.size(0), fc2_weight.size(1)}, x.options());
-  const Tensor d_y = scratch(product), d_hidden = scratch(hidden), active = scratch(hidden);
   const Tensor expand = w_expand.t().contiguous();
 
   chunks.for_each(x, [&](int64_t slot, bool fresh, int64_t first, int64_t count) {
     const auto of_chunk = [&](const Tensor& all) { return all.narrow(0, first, count); };
-    const auto of_slot = [&](const Tensor& all) { return all[slot].narrow(0, 0, count); };
-    const Tensor d_y_part = of_slot(d_y), d_hidden_part = of_slot(d_hidden), active_part = of_slot(active);
     const Tensor grad_part = of_chunk(grad), hidden_part = of_chunk(hidden);
+    const Tensor d_y = at::empty_like(of_chunk(product)), active = at::empty_like(hidden_part);
     const GateGrads grads = run_gate_backward(
         passes, scope, grad_part, of_chunk(product), of_chunk(gate), of_chunk(reduced), w_reduce, expand, fc2_bias,
         part(scale, first, count), of_chunk(d_expanded), of_chunk(d_reduced), of_chunk(d_fc2_bias), of_chunk(d_scale));
-    run_affine(passes, scope, grad_part, grads.factor, grads.shift, std::nullopt, d_y_part);
-    multiply(d_hidden_part, d_y_part, fc2_weight.t());
+    run_affine(passes, scope, grad_part, grads.factor, grads.shift, std::nullopt, d_y);
+    const Tensor d_hidden = multiply(d_y, fc2_weight.t(), std::nullopt);
     passes.activate_backward({extent_of(hidden_part), type_of(x), hidden_part.const_data_ptr(), data(fc1_bias),
-                              d_hidden_part.const_data_ptr(), d_hidden_part.data_ptr(), active_part.data_ptr(),
+                              d_hidden.const_data_ptr(), d_hidden.data_ptr(), active.data_ptr(),
                               of_chunk(d_fc1_bias).data_ptr()},
                              scope.stream());
-    multiply_transposed(d_fc2[slot], d_y_part, active_part, fresh);
-    multiply(of_chunk(d_x), d_hidden_part, fc1_weight.t());
-    multiply_transposed(d_fc1[slot], d_hidden_part, of_chunk(x), fresh);
+    multiply_transposed(d_fc2[slot], d_y, active, fresh);
+    multiply(d_hidden, fc1_weight.t(), of_chunk(d_x));
+    multiply_transposed(d_fc1[slot], d_hidden, of_chunk(x), fresh);
   });
 
   Tensor d_w_reduce = at::mm(at::mm(d_reduced.t(), mean), fc2_weight.to(mean.scalar_type()).t());

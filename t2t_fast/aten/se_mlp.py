@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from . import se_gate
+from . import mlp, se_gate
 
 
 def forward(
@@ -20,5 +19,5 @@ def forward(
     branch_scale: Tensor | None = None,
 ) -> Tensor:
     """(B, N, C) to (B, N, out)."""
-    y = F.linear(F.gelu(F.linear(x, fc1_weight, fc1_bias)), fc2_weight, fc2_bias)
+    y = mlp.forward(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     return se_gate.forward(y, w_reduce, w_expand, residual, branch_scale)

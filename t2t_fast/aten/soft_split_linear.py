@@ -50,6 +50,9 @@ def forward(
         y = _convolve(image, centred.to(weight.dtype), None, *geometry)
         # Rows of a rounded W_c no longer sum to zero: take out what a patch's mean leaves behind (flat patches).
         residue = centred.to(y.dtype).to(dtype).sum(dim=1)
+        if may_overwrite(image, y, rstd, offset):
+            scaled = y.to(dtype).addcmul_(mean, residue[:, None, None], value=-1).mul_(rstd * varied)
+            return _to_tokens(scaled.add_(offset[:, None, None]).to(y.dtype))
         products = _zero_unless(varied, y - mean * residue[:, None, None], image.requires_grad)
         return _to_tokens((products * rstd + offset[:, None, None]).to(y.dtype))
     if wants_hand_written_backward(image, centred, offset) and not _convolves_in_tf32(image):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import attention
+from .mlp import apply_linear
 from .se import SELayer
 
 torch.fx.wrap("attention")
@@ -56,10 +57,14 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None, branch_scale: Tensor | None = None) -> Tensor:
         """(B, N, C) to (B, N, C); the last two, where it ``adds_residual``, as for :func:`t2t_fast.ops.se_gate`."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+        qkv = (
+            apply_linear(x, self.qkv, self.backend)
+            .unflatten(-1, (3, self.num_heads, self.head_dim))
+            .permute(2, 0, 3, 1, 4)
+        )
         dropout_p = self.attn_drop.p if self.training else 0.0
         y = attention(qkv[0], qkv[1], qkv[2], self.scale, dropout_p, backend=self.backend)
-        y = self.proj(y.transpose(1, 2).flatten(2))
+        y = apply_linear(y.transpose(1, 2).flatten(2), self.proj, self.backend)
         if residual is not None:
             return self.se_layer(y, residual, branch_scale)
         return self.proj_drop(self.se_layer(y))

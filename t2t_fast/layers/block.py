@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from timm.layers import DropPath, Mlp
+from timm.layers import DropPath
 from torch import Tensor, nn
 
 from .attention import Attention
+from .branch import add_branch
 from .ghost import GhostAttention, GhostMlp
-from .se import SEMlp, add_branch
+from .mlp import Mlp
+from .se import SEMlp
 
 BLOCK_TYPES = ("standard", "se", "se_mlp", "ghost", "dense")
 
@@ -71,7 +73,7 @@ class Block(nn.Module):
         elif block_type == "se_mlp":
             self.mlp = SEMlp(dim, hidden_dim, drop, backend=backend)
         else:
-            self.mlp = Mlp(dim, hidden_dim, drop=drop)
+            self.mlp = Mlp(dim, hidden_dim, drop, backend)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, C) to (B, N, C)."""

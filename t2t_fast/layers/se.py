@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from timm.layers import DropPath
 from torch import Tensor, nn
 
 from ..ops import se_gate, se_mlp
+from .mlp import are_plain
 
 torch.fx.wrap("se_gate")
 torch.fx.wrap("se_mlp")
@@ -67,7 +67,7 @@ class SEMlp(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None, branch_scale: Tensor | None = None) -> Tensor:
         """(B, N, C) to (B, N, C); the last two as for :func:`t2t_fast.ops.se_mlp`."""
-        if self.training and self.drop.p > 0:
+        if (self.training and self.drop.p > 0) or not are_plain(self.fc1, self.act, self.fc2):
             y = self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
             return self.se_layer(y, residual, branch_scale)
         fc1, fc2, gate = self.fc1, self.fc2, self.se_layer.fc
@@ -83,22 +83,3 @@ class SEMlp(nn.Module):
             branch_scale=branch_scale,
             backend=self.backend,
         )
-
-
-def add_branch(x: Tensor, branch: nn.Module, y: Tensor, drop_path: nn.Module) -> Tensor:
-    """``x + drop_path(branch(y))``; a branch that ends in a gate adds ``x`` in the pass that applies the gate.
-
-    Not where a forward hook wants to see what the branch alone returns.
-    """
-    if getattr(branch, "adds_residual", False) and not branch._forward_hooks:
-        return branch(y, residual=x, branch_scale=drop_path_scale(drop_path, x))
-    return x + drop_path(branch(y))
-
-
-def drop_path_scale(drop_path: nn.Module, x: Tensor) -> Tensor | None:
-    """What ``drop_path`` multiplies each image's branch by, (B,), or None for nothing: the same random numbers."""
-    if not isinstance(drop_path, DropPath) or not drop_path.training or drop_path.drop_prob == 0:
-        return None
-    keep = 1 - drop_path.drop_prob
-    scale = x.new_empty(x.shape[0]).bernoulli_(keep)
-    return scale / keep if keep > 0 and drop_path.scale_by_keep else scale

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from timm.layers import Mlp
 from torch import Tensor, nn
 
 from ..ops import attention, soft_split_linear
+from .branch import add_branch
+from .mlp import Mlp
 
 torch.fx.wrap("attention")
 torch.fx.wrap("soft_split_linear")
@@ -50,7 +51,7 @@ class TokenTransformer(nn.Module):
             {"qkv": nn.Linear(dim, 3 * token_dim, bias=False), "proj": nn.Linear(token_dim, token_dim)}
         )
         self.norm2 = nn.LayerNorm(token_dim)
-        self.mlp = Mlp(token_dim, token_dim, token_dim)
+        self.mlp = Mlp(token_dim, token_dim, backend=backend)
 
     def forward(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Image (B, C, H, W), or tokens (B, H*W, C) with ``grid=(H, W)``, to tokens (B, L, token_dim)."""
@@ -69,4 +70,4 @@ class TokenTransformer(nn.Module):
         q, k, v = qkv_tokens.unsqueeze(1).chunk(3, dim=-1)
         y = attention(q, k, v, self.scale, backend=self.backend)
         y = (v + self.attn["proj"](y)).squeeze(1)
-        return y + self.mlp(self.norm2(y))
+        return add_branch(y, self.mlp, self.norm2(y))

@@ -52,14 +52,10 @@ def can_run(
     return library.cannot_run(x, fc1_weight, fc1_bias, fc2_weight, *rest)
 
 
-def is_slower(x: Tensor, fc1_weight: Tensor, *rest: Tensor | None) -> str | None:
-    """None, or why ``auto`` passes it over (measured by benchmarks/se_mlp.py at 64 and 384 channels)."""
-    if x.device.type != "cpu":
-        return None
-    if x.shape[0] < library.num_threads():
+def is_slower(x: Tensor, *rest: Tensor | None) -> str | None:
+    """None, or why ``auto`` passes it over (measured by benchmarks/se_mlp.py)."""
+    if x.device.type == "cpu" and x.shape[0] < library.num_threads():
         return "fewer images than threads: the products are all that counts, and the library's are as fast"
-    if min(fc1_weight.shape) >= 256 and product_dtype(x).itemsize > 2 and wants_gradient(x, fc1_weight, *rest):
-        return "training in float32 at this width: the products are all that counts, and the library's are as fast"
     return None
 
 

@@ -5,6 +5,8 @@ Every op takes ``backend=``: ``"auto"`` (no wish of this call's own; see :mod:`t
 """
 
 from .attention import attention
+from .linear import linear
+from .mlp import mlp
 from .performer_attention import performer_attention
 from .se_gate import se_gate
 from .se_mlp import se_mlp
@@ -15,6 +17,8 @@ from .token_performer import token_performer
 
 __all__ = [
     "attention",
+    "linear",
+    "mlp",
     "performer_attention",
     "se_gate",
     "se_mlp",

@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..aten import se_mlp as aten_se_mlp
-from ..checks import check_shape, check_tensor
 from ..dispatch import Implementation, Op
 from ..native import se_mlp as native_se_mlp
 from ..reference import se_mlp as reference_se_mlp
+from .mlp import check_mlp
 from .se_gate import check_branch, check_se_weights
 
 _OP = Op(
@@ -60,14 +60,7 @@ def se_mlp(
         ValueError: Shapes do not fit together.
         BackendUnavailable: ``backend`` names one that cannot run here.
     """
-    check_tensor("x", x, 3)
-    check_tensor("fc1_weight", fc1_weight, 2)
-    check_shape("fc1_weight", fc1_weight, (fc1_weight.shape[0], x.shape[2]), "(hidden, C)")
-    check_tensor("fc2_weight", fc2_weight, 2)
-    check_shape("fc2_weight", fc2_weight, (fc2_weight.shape[0], fc1_weight.shape[0]), "(out, hidden)")
-    for name, bias, weight in (("fc1_bias", fc1_bias, fc1_weight), ("fc2_bias", fc2_bias, fc2_weight)):
-        if bias is not None:
-            check_shape(name, bias, (weight.shape[0],), f"(rows of {name.replace('bias', 'weight')},)")
+    check_mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     check_se_weights(fc2_weight.shape[0], w_reduce, w_expand)
     check_branch((*x.shape[:2], fc2_weight.shape[0]), residual, branch_scale)
     return _OP(backend, x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, w_reduce, w_expand, residual, branch_scale)

@@ -1,0 +1,96 @@
+"""A Linear through oneDNN for float32 on x86 CPUs, forward and backward, and through ``F.linear`` everywhere else.
+
+PyTorch gives float32 products to MKL, which takes twice the time on CPUs that are not Intel's; see
+``benchmarks/results``. oneDNN's operator is the one that torch.compile's CPU backend uses.
+"""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import register_flop_formula
+
+from ..numerics import is_autocast
+from .autograd import is_exporting, is_transformed, may_overwrite, wants_gradient
+
+
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
+    """(..., C) to (..., out)."""
+    if not why_not_onednn(x, weight, bias):
+        if gelu and wants_gradient(x, weight, bias):
+            return F.gelu(_linear(x, weight, bias, False))
+        return _linear(x, weight, bias, gelu)
+    y = F.linear(x, weight, bias)
+    if not gelu:
+        return y
+    return torch.ops.aten.gelu_(y) if may_overwrite(y) else F.gelu(y)
+
+
+def detail(x: Tensor, weight: Tensor, bias: Tensor | None = None, *rest: Any) -> str:
+    """Which library multiplies, and why."""
+    reason = why_not_onednn(x, weight, bias)
+    return f"torch.nn.functional.linear: {reason}" if reason else "oneDNN"
+
+
+def why_not_onednn(x: Tensor, *weights: Tensor | None) -> str | None:
+    """Why the product is not oneDNN's own operator; None if it is."""
+    if x.device.type != "cpu" or not _has_onednn():
+        return "oneDNN's operator is for x86 CPUs"
+    tensors = [x, *(t for t in weights if t is not None)]
+    if is_autocast(x) or any(t.dtype != torch.float32 for t in tensors):
+        return "oneDNN's operator is for float32, outside autocast"
+    if is_transformed() or is_exporting():
+        return "tracing, export, torch.func and forward-mode derivatives need library operations"
+    if any(type(t) not in (Tensor, nn.Parameter) or t.device != x.device for t in tensors) or x.numel() == 0:
+        return "oneDNN's operator is for plain tensors with values"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _has_onednn() -> bool:
+    machine = platform.machine().lower() in ("x86_64", "amd64")
+    return machine and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+@torch.library.custom_op(
+    "t2t_fast::linear", mutates_args=(), schema="(Tensor x, Tensor weight, Tensor? bias, bool gelu) -> Tensor"
+)
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
+    attribute, algorithm = ("gelu", "none") if gelu else ("none", "")
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, attribute, [], algorithm)
+
+
+@_linear.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+    ctx.gelu = inputs[3]
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, bias = ctx.saved_tensors
+    if ctx.gelu:
+        grad = torch.ops.aten.gelu_backward(grad, _linear(x, weight, bias, False))
+    rows = grad.flatten(0, -2)
+    dx = _linear(grad, weight.t(), None, False) if ctx.needs_input_grad[0] else None
+    d_weight = _linear(rows.t(), x.flatten(0, -2).t(), None, False) if ctx.needs_input_grad[1] else None
+    d_bias = rows.sum(dim=0) if ctx.needs_input_grad[2] else None
+    return dx, d_weight, d_bias, None
+
+
+_linear.register_autograd(_differentiate, setup_context=_keep)
+
+
+@register_flop_formula(torch.ops.t2t_fast.linear)
+def _flops(x: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
+    rows = 1
+    for size in x[:-1]:
+        rows *= size
+    return 2 * rows * weight[0] * weight[1]

@@ -1,0 +1,59 @@
+"""The MLP of the backbone's blocks and of the token transformer."""
+
+from __future__ import annotations
+
+import timm.layers
+import torch
+from torch import Tensor, nn
+
+from ..ops import linear, mlp
+
+torch.fx.wrap("linear")
+torch.fx.wrap("mlp")
+
+
+class Mlp(timm.layers.Mlp):
+    """timm's MLP, ``fc2(gelu(fc1(x)))``, through :func:`t2t_fast.ops.mlp` wherever its parts are as they were made.
+
+    Args:
+        dim: Channels in and out.
+        hidden_dim: Channels in between.
+        drop: Dropout after each product.
+        backend: Passed to the op.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int, drop: float = 0.0, backend: str = "auto") -> None:
+        super().__init__(dim, hidden_dim, drop=drop)
+        self.backend = backend
+
+    @property
+    def adds_residual(self) -> bool:
+        """Whether the op runs, which can add the residual; see ``add_branch``."""
+        dropout = self.training and (self.drop1.p > 0 or self.drop2.p > 0)
+        return not dropout and are_plain(self.fc1, self.act, self.fc2)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, branch_scale: Tensor | None = None) -> Tensor:
+        """(B, N, C) to (B, N, C); the last two, where it ``adds_residual``, as for :func:`t2t_fast.ops.mlp`."""
+        if not self.adds_residual:
+            return super().forward(x)
+        fc1, fc2 = self.fc1, self.fc2
+        branch = {"residual": residual, "branch_scale": branch_scale}
+        return mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, **branch, backend=self.backend)
+
+
+def apply_linear(x: Tensor, module: nn.Linear, backend: str) -> Tensor:
+    """``module(x)``, through :func:`t2t_fast.ops.linear` if that is the same."""
+    if not are_plain(module):
+        return module(x)
+    return linear(x, module.weight, module.bias, backend=backend)
+
+
+def are_plain(*modules: nn.Module) -> bool:
+    """Whether an op may stand in for calling these modules: torch's own Linear (no adapter, no quantised one) or exact
+    GELU, watched by no hook."""
+    for module in modules:
+        if type(module) is not nn.Linear and not (type(module) is nn.GELU and module.approximate == "none"):
+            return False
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+            return False
+    return True
