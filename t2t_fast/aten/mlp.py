@@ -27,4 +27,4 @@ def forward(
     y = linear.forward(hidden, fc2_weight, fc2_bias)
     if residual is None or branch_scale is not None or not may_overwrite(y, residual):
         return add_branch(y, residual, branch_scale)
-    return y.add_(residual) if torch.result_type(y, residual) == y.dtype else residual + y
+    return y.add_(residual) if torch.promote_types(y.dtype, residual.dtype) == y.dtype else residual + y
