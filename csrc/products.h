@@ -1,5 +1,5 @@
 // The large products, which belong to the library: oneDNN for float32 on the CPU, ATen's matrix product elsewhere.
-// PyTorch gives float32 to MKL, which takes twice the time on CPUs that are not Intel's.
+// PyTorch gives float32 to MKL, which takes twice the time on CPUs of AMD.
 #pragma once
 
 #include <ATen/core/Tensor.h>
