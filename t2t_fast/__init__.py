@@ -15,15 +15,21 @@ from . import ops
 from .dispatch import BackendUnavailable, explain, use_backend
 from .models import T2TViT, T2TViTDense, create_model, list_models
 from .models.checkpoints import CheckpointError, load_checkpoint, save_checkpoint
+from .models.export import ExportError, export
+from .models.freeze import FrozenT2TViT, freeze
 from .models.optimize import optimize
 
 __all__ = [
     "BackendUnavailable",
     "CheckpointError",
+    "ExportError",
+    "FrozenT2TViT",
     "T2TViT",
     "T2TViTDense",
     "create_model",
     "explain",
+    "export",
+    "freeze",
     "list_models",
     "load_checkpoint",
     "ops",

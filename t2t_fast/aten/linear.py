@@ -56,12 +56,35 @@ def _has_onednn() -> bool:
     return machine and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
+def why_not_packed(x: Tensor, weight: Tensor) -> str | None:
+    """Why :func:`multiply_packed` cannot be taken; None if it can."""
+    if x.device.type != "cpu" or weight.device.type != "cpu" or not _has_onednn():
+        return "packed weights are for x86 CPUs"
+    if x.dtype != weight.dtype or x.dtype not in (torch.float32, torch.bfloat16):
+        return "packed weights are for float32 and bfloat16, outside autocast"
+    if x.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return "this CPU has no bfloat16 products"
+    if torch.compiler.is_compiling() or is_transformed() or type(x) is not Tensor or x.numel() == 0:
+        return "compilers, tracers and empty batches need library operations"
+    return None
+
+
+def pack(weight: Tensor) -> Tensor:
+    """``weight`` rearranged for oneDNN's products: opaque, for :func:`multiply_packed` alone."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+
+
+def multiply_packed(x: Tensor, packed: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
+    """A Linear on rearranged weights, or on weights as they are; without gradients."""
+    attribute, algorithm = ("gelu", "none") if gelu else ("none", "")
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, attribute, [], algorithm)
+
+
 @torch.library.custom_op(
     "t2t_fast::linear", mutates_args=(), schema="(Tensor x, Tensor weight, Tensor? bias, bool gelu) -> Tensor"
 )
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
-    attribute, algorithm = ("gelu", "none") if gelu else ("none", "")
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, attribute, [], algorithm)
+    return multiply_packed(x, weight, bias, gelu)
 
 
 @_linear.register_fake

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..numerics import compute_dtype, no_autocast
-from .autograd import backward_by_hand, differentiable_backward, wants_hand_written_backward
+from .autograd import backward_by_hand, differentiable_backward, is_exporting, wants_hand_written_backward
 
 
 def features(z: Tensor, w: Tensor) -> Tensor:
@@ -31,7 +31,10 @@ def forward(k: Tensor, q: Tensor, v: Tensor, w: Tensor, eps: float) -> Tensor:
 def attention_weights(k: Tensor, q: Tensor, w: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """phi(k), and phi(q) divided by the denominator: (B, T, m) each."""
     phi_k, phi_q = features(k, w), features(q, w)
-    return phi_k, phi_q / (phi_q @ phi_k.sum(dim=1).unsqueeze(2) + eps)
+    denominator = phi_q @ phi_k.sum(dim=1).unsqueeze(2)
+    if is_exporting() and eps > 0:  # optimizers of exported graphs take an addend of 1e-8 for zero
+        return phi_k, (phi_q / eps) / (denominator / eps + 1)
+    return phi_k, phi_q / (denominator + eps)
 
 
 def _attend(k: Tensor, q: Tensor, v: Tensor, w: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -84,7 +84,12 @@ def run(args: argparse.Namespace) -> int:
     if not files:
         return 2
     device = _find_device(args.device)
-    model = _load_model(args, errors).to(device, DTYPES[args.dtype]).eval()
+    model = load_model(args, errors)
+    if model.num_classes == 0:
+        raise UsageError(f"{args.checkpoint}: the model has no head, so there are no classes to predict")
+    if own_in_chans(model) not in (1, 3):
+        raise UsageError(f"the model takes {own_in_chans(model)} channels; images have 3, or 1 in grey")
+    model = model.to(device, DTYPES[args.dtype]).eval()
     names = _class_names(args.class_names, model.num_classes)
 
     results: list[dict[str, Any]] = []
@@ -135,7 +140,8 @@ def _find_device(name: str) -> torch.device:
     return device
 
 
-def _load_model(args: argparse.Namespace, errors: Any) -> T2TViT:
+def load_model(args: argparse.Namespace, errors: Any) -> T2TViT:
+    """The model that the arguments name; what the user should know of it goes to ``errors``."""
     size = image_size(args.img_size)
     kwargs: dict[str, Any] = {} if size is None else {"img_size": size}
     name = args.model or (None if args.checkpoint else DEFAULT_MODEL)
@@ -150,10 +156,6 @@ def _load_model(args: argparse.Namespace, errors: Any) -> T2TViT:
             raise
         raise UsageError(str(error)) from error
     assert isinstance(model, T2TViT)
-    if model.num_classes == 0:
-        raise UsageError(f"{args.checkpoint}: the model has no head, so there are no classes to predict")
-    if own_in_chans(model) not in (1, 3):
-        raise UsageError(f"the model takes {own_in_chans(model)} channels; images have 3, or 1 in grey")
     if not args.checkpoint and not args.pretrained:
         errors.print(
             f"{PROG}: warning: no --checkpoint and no --pretrained: the weights are random and the labels mean nothing"

@@ -1,0 +1,170 @@
+"""Models for other runtimes: ONNX, and torch's own archives, plain or compiled ahead of time."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import logging
+import os
+import secrets
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .freeze import FrozenT2TViT, freeze
+
+FORMATS = ("onnx", "torch", "aoti")
+_SUFFIXES = {"onnx": ".onnx", "torch": ".pt2", "aoti": ".pt2"}
+_ACCEPTED = 1e-3  # relative norm of the logits' difference
+_OPSET = 18
+
+
+class ExportError(RuntimeError):
+    """A model that cannot be exported, or whose export computes something else; the message says why."""
+
+
+def export(
+    model: nn.Module, path: str | os.PathLike[str], format: str | None = None, *, max_batch: int = 1024
+) -> dict[str, Any]:
+    """Write ``model``, frozen, as a program that needs this package no more, for batches of any size.
+
+    The file is loaded again and its logits are compared with the model's for batches of one and three images before it
+    takes its name. What is written has convolutions, matrix products and softmax, no operators of this package.
+
+    Args:
+        model: A :class:`T2TViT`, one that is frozen, or whatever :func:`t2t_fast.optimize` takes.
+        path: The file; an existing one is replaced once the new one is complete and right.
+        format: ``"onnx"`` (opset 18; needs the packages onnx and onnxscript, and onnxruntime to be checked),
+            ``"torch"`` (``torch.export.load``) or ``"aoti"`` (compiled for the model's device by AOTInductor, for
+            ``torch._inductor.aoti_load_package``; needs a C++ compiler). None decides by the suffix: ``.onnx``, or
+            ``.pt2`` for ``"torch"``.
+        max_batch: The largest batch that the program must take.
+
+    Returns:
+        ``format``, ``bytes``, ``error`` (relative norm of the logits' difference, None if nothing could check) and
+        ``checked_by``.
+
+    Raises:
+        TypeError: ``model`` is no T2T-ViT.
+        ValueError: Unknown ``format``, or a suffix that does not go with it.
+        ExportError: A package is missing, or the file's logits differ.
+        OSError: The file cannot be written.
+    """
+    path = Path(path)
+    format = _format_for(path, format)
+    if max_batch < 4:
+        raise ValueError(f"max_batch must be at least 4, got {max_batch}")
+    if format == "onnx" and (missing := [name for name in ("onnx", "onnxscript") if not _has(name)]):
+        raise ExportError(f"writing ONNX needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+    frozen = model if isinstance(model, FrozenT2TViT) else freeze(model)
+    images = _images(frozen, 4)
+    temporary = path.with_name(f".{secrets.token_hex(4)}.{path.name}")
+    try:
+        with _quiet():
+            batch = torch.export.Dim("batch", min=1, max=max_batch)
+            program = torch.export.export(frozen, (images,), dynamic_shapes=({0: batch},))
+            _WRITERS[format](program, images, temporary)
+        error, checked_by = _compare(frozen, temporary, format)
+        if error is not None and not error <= _ACCEPTED:
+            raise ExportError(f"the exported program's logits differ by {error:.1e} of their norm: please report it")
+        size = temporary.stat().st_size
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return {"format": format, "bytes": size, "error": error, "checked_by": checked_by}
+
+
+def _format_for(path: Path, format: str | None) -> str:
+    if format is None:
+        format = {".onnx": "onnx", ".pt2": "torch"}.get(path.suffix, "")
+        if not format:
+            raise ValueError(f"path={str(path)!r} must end in .onnx or .pt2, or pass format=")
+    if format not in FORMATS:
+        raise ValueError(f"format={format!r} is unknown; accepted: {', '.join(FORMATS)}")
+    if path.suffix != _SUFFIXES[format]:
+        raise ValueError(f"path={str(path)!r} must end in {_SUFFIXES[format]} for format={format!r}")
+    return format
+
+
+def _has(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def _images(frozen: FrozenT2TViT, batch: int) -> Tensor:
+    shape = (batch, frozen.model.tokens_to_token.in_chans, *frozen.model.img_size)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return noise.to(frozen.model.cls_token.device, frozen.dtype)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Exporters narrate; what matters they raise."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "torch.export")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _write_onnx(program: Any, images: Tensor, path: Path) -> None:
+    # Unoptimized: onnxscript's optimizer takes an addend of 1e-8 for zero. Runtimes optimize what they load.
+    made = torch.onnx.export(
+        program, (images,), dynamo=True, opset_version=_OPSET, optimize=False, verbose=False,
+        input_names=["images"], output_names=["logits"],
+    )  # fmt: skip
+    assert made is not None
+    made.save(str(path), external_data=False)
+
+
+def _write_torch(program: Any, images: Tensor, path: Path) -> None:
+    torch.export.save(program, path)
+
+
+def _write_aoti(program: Any, images: Tensor, path: Path) -> None:
+    torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+
+
+_WRITERS: dict[str, Callable[[Any, Tensor, Path], None]] = {
+    "onnx": _write_onnx,
+    "torch": _write_torch,
+    "aoti": _write_aoti,
+}
+
+
+def _compare(frozen: FrozenT2TViT, path: Path, format: str) -> tuple[float | None, str]:
+    """The larger error of two batch sizes, neither of which the program was made with, and who computed it."""
+    checked_by = {"onnx": "onnxruntime", "torch": "torch.export", "aoti": "AOTInductor"}[format]
+    if format == "onnx" and not _has("onnxruntime"):
+        return None, "nothing: onnxruntime is not installed"
+    run = _load(path, format)
+    errors = []
+    with torch.no_grad():
+        for batch in (1, 3):
+            images = _images(frozen, batch)
+            want = frozen(images).double().cpu()
+            errors.append(((run(images).double().cpu() - want).norm() / want.norm().clamp_min(1e-30)).item())
+    return max(errors), checked_by
+
+
+def _load(path: Path, format: str) -> Callable[[Tensor], Tensor]:
+    if format == "torch":
+        return torch.export.load(path).module()
+    if format == "aoti":
+        return torch._inductor.aoti_load_package(str(path))
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.cpu().numpy()})[0])
