@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .attention import Attention
 from .branch import add_branch
 from .ghost import GhostAttention, GhostMlp
-from .mlp import Mlp
+from .mlp import Mlp, apply_linear
 from .se import SEMlp
 
 BLOCK_TYPES = ("standard", "se", "se_mlp", "ghost", "dense")
@@ -69,7 +69,7 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
         self.norm2 = norm_layer(dim)
         if block_type == "ghost":
-            self.mlp = GhostMlp(dim, drop)
+            self.mlp = GhostMlp(dim, drop, backend)
         elif block_type == "se_mlp":
             self.mlp = SEMlp(dim, hidden_dim, drop, backend=backend)
         else:
@@ -87,10 +87,11 @@ class DenseBlock(Block):
     def __init__(self, dim: int, growth_rate: int, **kwargs: object) -> None:
         super().__init__(dim, **kwargs)  # type: ignore[arg-type]
         self.dense_linear = nn.Linear(dim, growth_rate)
+        self.backend = str(kwargs.get("backend", "auto"))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, C) to (B, N, C + growth_rate)."""
-        return torch.cat((x, self.dense_linear(super().forward(x))), dim=-1)
+        return torch.cat((x, apply_linear(super().forward(x), self.dense_linear, self.backend)), dim=-1)
 
 
 class Transition(nn.Module):

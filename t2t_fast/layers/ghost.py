@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..ops import attention
 from .attention import head_dim
+from .mlp import apply_linear
 
 torch.fx.wrap("attention")
 
@@ -54,18 +55,19 @@ class GhostAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def _heads(self, x: Tensor, cheap: nn.Module) -> Tensor:
+    def _heads(self, x: Tensor, linear: nn.Linear, cheap: nn.Module) -> Tensor:
+        x = apply_linear(x, linear, self.backend)
         x = torch.cat((x, cheap(x)), dim=-1)
         return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, C) to (B, N, C)."""
-        q = self._heads(self.q(x), self.cheap_operation_q)
-        k = self._heads(self.k(x), self.cheap_operation_k)
-        v = self._heads(self.v(x), self.cheap_operation_v)
+        q = self._heads(x, self.q, self.cheap_operation_q)
+        k = self._heads(x, self.k, self.cheap_operation_k)
+        v = self._heads(x, self.v, self.cheap_operation_v)
         dropout_p = self.attn_drop.p if self.training else 0.0
         y = attention(q, k, v, self.scale, dropout_p, backend=self.backend)
-        return self.proj_drop(self.proj(y.transpose(1, 2).flatten(2)))
+        return self.proj_drop(apply_linear(y.transpose(1, 2).flatten(2), self.proj, self.backend))
 
 
 class GhostMlp(nn.Module):
@@ -74,10 +76,12 @@ class GhostMlp(nn.Module):
     Args:
         dim: Channels in, out, and of ``fc1``; the hidden layer has 3 ``dim``.
         drop: Dropout after the hidden layer and after ``fc2``.
+        backend: Passed to the ops.
     """
 
-    def __init__(self, dim: int, drop: float = 0.0) -> None:
+    def __init__(self, dim: int, drop: float = 0.0, backend: str = "auto") -> None:
         super().__init__()
+        self.backend = backend
         self.fc1 = nn.Linear(dim, dim)
         self.act = nn.GELU()
         self.fc2 = nn.Linear(3 * dim, dim)
@@ -87,7 +91,7 @@ class GhostMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, C) to (B, N, C)."""
-        x1 = self.act(self.fc1(x))
+        x1 = self.act(apply_linear(x, self.fc1, self.backend))
         x2 = self.act(self.cheap_operation2(x1))
         x3 = self.act(self.cheap_operation3(x1))
-        return self.drop(self.fc2(self.drop(torch.cat((x1, x2, x3), dim=-1))))
+        return self.drop(apply_linear(self.drop(torch.cat((x1, x2, x3), dim=-1)), self.fc2, self.backend))
