@@ -127,6 +127,11 @@ TOKEN_PERFORMER_BACKWARD = Table(
         120: {"half": None, "tf32": None},
     }
 )
+# All channels of a token in one block; the kind is that of the sum.
+ADD_LAYER_NORM = Table({80: {kind: _config(4, 1, tokens=4) for kind in ("half", "tf32", "float32", "float64")}})
+ADD_LAYER_NORM_BACKWARD = Table(
+    {80: {kind: _config(8, 1, tokens=4) for kind in ("half", "tf32", "float32", "float64")}}
+)
 SOFT_SPLIT_LINEAR_COEFFICIENT = _config(4, 1, tokens=32, out=128)
 
 

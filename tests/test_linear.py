@@ -7,14 +7,14 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_close, gradients, leaves
+from helpers import assert_close, gradients, leaves, skip_unless_possible
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import t2t_fast
 from t2t_fast import ops
 
-BACKENDS = ("reference", "aten")
+BACKENDS = ("reference", "aten", "triton")
 SHAPES = [(2, 19, 32, 96), (1, 1, 5, 3), (3, 50, 64, 1), (0, 4, 6, 7)]  # images, tokens, channels in and out
 
 
@@ -32,6 +32,7 @@ def erf_gelu(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_forward_and_gradients(backend: str, shape: tuple[int, int, int, int], dtype: torch.dtype, gelu: bool) -> None:
+    skip_unless_possible(backend, dtype)
     tensors = [t.to(dtype) for t in make(*shape)]
 
     def formula(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

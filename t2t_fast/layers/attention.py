@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import attention
-from .mlp import apply_linear
+from .mlp import apply_linear, are_plain
+from .packed_linear import PackedLinear
 from .se import SELayer
 
 torch.fx.wrap("attention")
@@ -44,7 +45,7 @@ class Attention(nn.Module):
         self.num_heads, self.head_dim = num_heads, head_dim(dim, num_heads)
         self.scale = self.head_dim**-0.5 if qk_scale is None else qk_scale
         self.backend = backend
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.qkv: nn.Module = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.attn_drop = nn.Dropout(attn_drop)
         self.proj = nn.Linear(dim, dim)
         self.se_layer = SELayer(dim, backend=backend) if se else nn.Identity()
@@ -55,10 +56,25 @@ class Attention(nn.Module):
         """Whether the gate comes last, so that its pass can add the residual; see ``add_branch``."""
         return isinstance(self.se_layer, SELayer) and not (self.training and self.proj_drop.p > 0)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, branch_scale: Tensor | None = None) -> Tensor:
-        """(B, N, C) to (B, N, C); the last two, where it ``adds_residual``, as for :func:`t2t_fast.ops.se_gate`."""
+    @property
+    def takes_norm(self) -> bool:
+        """Whether the first product can apply the norm in front of it; see ``add_branch``."""
+        return isinstance(self.qkv, PackedLinear) or are_plain(self.qkv)
+
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        branch_scale: Tensor | None = None,
+        norm: nn.LayerNorm | None = None,
+    ) -> Tensor:
+        """(B, N, C) to (B, N, C).
+
+        ``residual`` and ``branch_scale``, where it ``adds_residual``, are as for :func:`t2t_fast.ops.se_gate`; a plain
+        ``norm``, where it ``takes_norm``, is applied to ``x`` first.
+        """
         qkv = (
-            apply_linear(x, self.qkv, self.backend)
+            apply_linear(x, self.qkv, self.backend, norm)
             .unflatten(-1, (3, self.num_heads, self.head_dim))
             .permute(2, 0, 3, 1, 4)
         )

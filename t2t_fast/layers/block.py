@@ -9,7 +9,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from .attention import Attention
-from .branch import add_branch
+from .branch import add_two_branches
 from .ghost import GhostAttention, GhostMlp
 from .mlp import Mlp, apply_linear
 from .se import SEMlp
@@ -77,8 +77,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, C) to (B, N, C)."""
-        x = add_branch(x, self.attn, self.norm1(x), self.drop_path)
-        return add_branch(x, self.mlp, self.norm2(x), self.drop_path)
+        return add_two_branches(x, self.attn, self.norm1, self.mlp, self.norm2, self.drop_path)
 
 
 class DenseBlock(Block):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import timm.layers
 import torch
 from torch import Tensor, nn
 
-from ..ops import linear, mlp
+from ..ops import layer_norm_linear, linear, mlp
+from .packed_linear import PackedLinear
 
+torch.fx.wrap("layer_norm_linear")
 torch.fx.wrap("linear")
 torch.fx.wrap("mlp")
 
@@ -41,19 +45,37 @@ class Mlp(timm.layers.Mlp):
         return mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, **branch, backend=self.backend)
 
 
-def apply_linear(x: Tensor, module: nn.Linear, backend: str) -> Tensor:
-    """``module(x)``, through :func:`t2t_fast.ops.linear` if that is the same."""
+def apply_linear(x: Tensor, module: Any, backend: str, norm: nn.LayerNorm | None = None) -> Tensor:
+    """``module(norm(x))``, through :func:`t2t_fast.ops.linear` or ``layer_norm_linear`` if that is the same.
+
+    ``norm`` must be plain; with it, so must ``module``, or a :class:`PackedLinear`.
+    """
+    if isinstance(module, PackedLinear):
+        return module(x, norm)
+    if norm is not None:
+        weights = (module.weight, module.bias, norm.weight, norm.bias)
+        return layer_norm_linear(x, *weights, eps=norm.eps, backend=backend)
     if not are_plain(module):
         return module(x)
     return linear(x, module.weight, module.bias, backend=backend)
 
 
 def are_plain(*modules: nn.Module) -> bool:
-    """Whether an op may stand in for calling these modules: torch's own Linear (no adapter, no quantised one) or exact
-    GELU, watched by no hook."""
+    """Whether an op may stand in for calling these modules, watched by no hook.
+
+    They are torch's own Linear (no adapter, no quantised one), LayerNorm over the channels or exact GELU.
+    """
     for module in modules:
+        if is_watched(module):
+            return False
+        if type(module) is nn.LayerNorm and len(module.normalized_shape) == 1:
+            continue
         if type(module) is not nn.Linear and not (type(module) is nn.GELU and module.approximate == "none"):
             return False
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-            return False
     return True
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether a hook sees what goes into the module, or what comes out of it, in either direction."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks)

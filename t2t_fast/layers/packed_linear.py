@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..aten.linear import multiply_packed, pack, why_not_packed
-from ..ops import linear
+from ..ops import layer_norm_linear, linear
 
 
 class PackedLinear(nn.Module):
@@ -33,12 +33,19 @@ class PackedLinear(nn.Module):
         self.register_buffer("bias", None if source.bias is None else source.bias.detach().clone())
         self._packed: tuple[Any, Tensor] | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, in_features) to (B, N, out_features)."""
+    def forward(self, x: Tensor, norm: nn.LayerNorm | None = None) -> Tensor:
+        """(B, N, in_features) to (B, N, out_features), through ``norm`` first if it is given."""
         if why_not_packed(x, self.weight):
             tokens = x if x.dim() == 3 else x.unsqueeze(1)  # the head's (B, C)
-            y = linear(tokens, self.weight, self.bias, gelu=self.gelu, backend=self.backend)
+            options: dict[str, Any] = {"gelu": self.gelu, "backend": self.backend}
+            if norm is None:
+                y = linear(tokens, self.weight, self.bias, **options)
+            else:
+                weights = (self.weight, self.bias, norm.weight, norm.bias)
+                y = layer_norm_linear(tokens, *weights, eps=norm.eps, **options)
             return y if x.dim() == 3 else y.squeeze(1)
+        if norm is not None:
+            x = norm(x)
         # Weights may be moved, cast or loaded later.
         state = (self.weight.data_ptr(), self.weight.dtype, 0 if self.weight.is_inference() else self.weight._version)
         if self._packed is None or self._packed[0] != state:

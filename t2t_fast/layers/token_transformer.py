@@ -70,4 +70,4 @@ class TokenTransformer(nn.Module):
         q, k, v = qkv_tokens.unsqueeze(1).chunk(3, dim=-1)
         y = attention(q, k, v, self.scale, backend=self.backend)
         y = (v + self.attn["proj"](y)).squeeze(1)
-        return add_branch(y, self.mlp, self.norm2(y))
+        return add_branch(y, self.mlp, self.norm2)

@@ -4,7 +4,9 @@ Every op takes ``backend=``: ``"auto"`` (no wish of this call's own; see :mod:`t
 ``"aten"``, ``"triton"`` or ``"native"``. Naming one that cannot run raises :class:`t2t_fast.BackendUnavailable`.
 """
 
+from .add_layer_norm import add_layer_norm
 from .attention import attention
+from .layer_norm_linear import layer_norm_linear
 from .linear import linear
 from .mlp import mlp
 from .performer_attention import performer_attention
@@ -16,7 +18,9 @@ from .soft_split_performer import soft_split_performer
 from .token_performer import token_performer
 
 __all__ = [
+    "add_layer_norm",
     "attention",
+    "layer_norm_linear",
     "linear",
     "mlp",
     "performer_attention",

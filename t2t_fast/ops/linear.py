@@ -8,10 +8,12 @@ from ..aten import linear as aten_linear
 from ..checks import check_shape, check_tensor
 from ..dispatch import Implementation, Op
 from ..reference import linear as reference_linear
+from ..triton import linear as triton_linear
 
 _OP = Op(
     "linear",
     (
+        Implementation("triton", triton_linear.forward, triton_linear.can_run, triton_linear.is_slower),
         Implementation("aten", aten_linear.forward, detail=aten_linear.detail),
         Implementation("reference", reference_linear.forward),
     ),

@@ -9,12 +9,14 @@ from ..aten import mlp as aten_mlp
 from ..checks import check_tensor
 from ..dispatch import Implementation, Op
 from ..reference import mlp as reference_mlp
+from ..triton import mlp as triton_mlp
 from .linear import check_linear
 from .se_gate import check_branch
 
 _OP = Op(
     "mlp",
     (
+        Implementation("triton", triton_mlp.forward, triton_mlp.can_run, triton_mlp.is_slower),
         Implementation("aten", aten_mlp.forward, detail=aten_linear.detail),
         Implementation("reference", reference_mlp.forward),
     ),

@@ -59,10 +59,12 @@ def se_gate(
     return _OP(backend, x, w_reduce, w_expand, residual, branch_scale)
 
 
-def check_branch(shape: Sequence[int], residual: Tensor | None, branch_scale: Tensor | None) -> None:
+def check_branch(
+    shape: Sequence[int], residual: Tensor | None, branch_scale: Tensor | None, residual_name: str = "residual"
+) -> None:
     """Raise unless the residual has the result's ``shape`` and the scale one number per image."""
     if residual is not None:
-        check_shape("residual", residual, shape, "that of the result")
+        check_shape(residual_name, residual, shape, "that of the result")
     if branch_scale is not None:
         check_shape("branch_scale", branch_scale, shape[:1], "(B,)")
 

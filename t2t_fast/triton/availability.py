@@ -44,6 +44,11 @@ def slower(dtype: torch.dtype, x: Tensor) -> str | None:
     return None
 
 
+def unmeasured() -> str:
+    """Why ``auto`` leaves an op alone that has not been timed on a GPU, and may be slower there than the library."""
+    return "it has not been measured on a GPU yet; ask for it by name"
+
+
 def no_second_derivative(operator: Any, op: str) -> None:
     """Make differentiating ``operator``, a backward of ``op``, an error that says what to do."""
 

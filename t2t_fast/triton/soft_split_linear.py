@@ -110,7 +110,7 @@ def _soft_split_linear(
     schema=f"(Tensor grad, Tensor image, Tensor mean, Tensor rstd, ScalarType dtype, {GEOMETRY}, bool norm, "
     "bool has_offset) -> (Tensor, Tensor)",
 )
-def _backward_weight(
+def backward_weight(
     grad: Tensor,
     image: Tensor,
     mean: Tensor,
@@ -144,7 +144,7 @@ def _backward_weight(
     schema="(Tensor grad, Tensor image, Tensor weight, Tensor? offset, Tensor tokens, Tensor mean, Tensor rstd, "
     f"ScalarType dtype, {GEOMETRY}, bool norm) -> Tensor",
 )
-def _backward_input(
+def backward_input(
     grad: Tensor,
     image: Tensor,
     weight: Tensor,
@@ -208,7 +208,7 @@ def _(
     return _outputs(image, weight, dtype, grid, norm and differentiate)
 
 
-@_backward_weight.register_fake
+@backward_weight.register_fake
 def _(
     grad: Tensor, image: Tensor, mean: Tensor, rstd: Tensor, dtype: torch.dtype, kernel_size: Sequence[int], *rest: Any
 ) -> tuple[Tensor, Tensor]:
@@ -219,7 +219,7 @@ def _(
     )
 
 
-@_backward_input.register_fake
+@backward_input.register_fake
 def _(grad: Tensor, image: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(image)
 
@@ -236,9 +236,9 @@ def _differentiate(ctx: Any, grad: Tensor, *unused: Tensor | None) -> tuple[Tens
     image, weight, offset, tokens, mean, rstd = ctx.saved_tensors
     d_image = d_weight = d_offset = None
     if ctx.needs_input_grad[0]:
-        d_image = _backward_input(grad, image, weight, offset, tokens, mean, rstd, ctx.dtype, *ctx.geometry, ctx.norm)
+        d_image = backward_input(grad, image, weight, offset, tokens, mean, rstd, ctx.dtype, *ctx.geometry, ctx.norm)
     if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-        d_weight, d_offset = _backward_weight(
+        d_weight, d_offset = backward_weight(
             grad, image, mean, rstd, ctx.dtype, *ctx.geometry, ctx.norm, offset is not None
         )
         d_weight, d_offset = d_weight.to(weight.dtype), None if offset is None else d_offset.to(offset.dtype)
@@ -246,8 +246,8 @@ def _differentiate(ctx: Any, grad: Tensor, *unused: Tensor | None) -> tuple[Tens
 
 
 _soft_split_linear.register_autograd(_differentiate, setup_context=_keep)
-no_second_derivative(_backward_weight, "soft_split_linear")
-no_second_derivative(_backward_input, "soft_split_linear")
+no_second_derivative(backward_weight, "soft_split_linear")
+no_second_derivative(backward_input, "soft_split_linear")
 
 
 @register_flop_formula(

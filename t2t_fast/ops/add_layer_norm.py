@@ -1,0 +1,59 @@
+"""A residual branch's sum and its LayerNorm."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..checks import check_tensor
+from ..dispatch import Implementation, Op
+from ..reference import add_layer_norm as reference_add_layer_norm
+from ..triton import add_layer_norm as triton_add_layer_norm
+from .layer_norm_linear import check_norm
+from .se_gate import check_branch
+
+_OP = Op(
+    "add_layer_norm",
+    (
+        Implementation(
+            "triton", triton_add_layer_norm.forward, triton_add_layer_norm.can_run, triton_add_layer_norm.is_slower
+        ),
+        Implementation("aten", reference_add_layer_norm.forward),  # the definition is the library's two operations
+        Implementation("reference", reference_add_layer_norm.forward),
+    ),
+)
+
+
+def add_layer_norm(
+    x: Tensor,
+    y: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    *,
+    eps: float = 1e-5,
+    branch_scale: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """``s = x + branch_scale * y`` and ``LayerNorm(s)``: where one branch of a block ends and the next begins (§3.2).
+
+    Args:
+        x: The residual (B, N, C).
+        y: What the branch returns (B, N, C).
+        norm_weight: The LayerNorm's weight (C,), or None for ones.
+        norm_bias: The LayerNorm's bias (C,), or None for zeros.
+        eps: Added to the variance.
+        branch_scale: A factor per image, (B,), or None: stochastic depth's, zero for a dropped branch.
+        backend: See :mod:`t2t_fast.ops`.
+
+    Returns:
+        Sum and normed sum, both (B, N, C) in the promoted dtype of ``x`` and ``y``; statistics are float32 or better.
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: Shapes do not fit together.
+        BackendUnavailable: ``backend`` names one that cannot run here.
+    """
+    check_tensor("x", x, 3)
+    check_tensor("y", y, 3)
+    check_branch(y.shape, x, branch_scale, residual_name="x")
+    check_norm(norm_weight, norm_bias, x.shape[2])
+    return _OP(backend, x, y, norm_weight, norm_bias, eps, branch_scale)

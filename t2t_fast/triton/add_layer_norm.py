@@ -1,0 +1,188 @@
+"""A residual branch's sum and its LayerNorm as ``torch.ops.t2t_fast.add_layer_norm``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..aten.autograd import wants_gradient
+from ..numerics import compute_dtype, no_autocast
+from .availability import cannot_run, no_second_derivative, slower, unmeasured
+
+
+def forward(
+    x: Tensor,
+    y: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    branch_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The sum and its LayerNorm, (B, N, C); see :func:`t2t_fast.ops.add_layer_norm`."""
+    differentiate = wants_gradient(x, y, norm_weight, norm_bias)
+    with no_autocast(x):
+        total, normed, *_ = _add_layer_norm(x, y, norm_weight, norm_bias, branch_scale, eps, differentiate)
+    return total, normed
+
+
+def can_run(
+    x: Tensor,
+    y: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    branch_scale: Tensor | None = None,
+) -> str | None:
+    """None, or why not."""
+    if branch_scale is not None and branch_scale.requires_grad:
+        return "the kernel has no gradient for branch_scale"
+    reason = cannot_run(torch.promote_types(x.dtype, y.dtype), x, y, norm_weight, norm_bias, branch_scale)
+    if reason is not None:
+        return reason
+    from ..kernels.add_layer_norm import MAX_CHANNELS
+
+    if x.shape[2] > MAX_CHANNELS:
+        return f"{x.shape[2]} channels are more than the kernel's {MAX_CHANNELS}"
+    return None
+
+
+def is_slower(x: Tensor, *rest: Any) -> str | None:
+    """None, or why ``auto`` passes it over."""
+    # No product: float32 is as good as TF32 here.
+    return slower(torch.float16, x) or unmeasured()
+
+
+@torch.library.custom_op(
+    "t2t_fast::add_layer_norm",
+    mutates_args=(),
+    schema="(Tensor x, Tensor y, Tensor? weight, Tensor? bias, Tensor? scale, float eps, bool differentiate) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _add_layer_norm(
+    x: Tensor,
+    y: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    eps: float,
+    differentiate: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sum and normed sum (B, N, C), and each token's mean and rstd (B, N): empty unless they will be needed."""
+    from ..kernels import add_layer_norm as kernels
+
+    total, normed, mean, rstd = _outputs(x, y, differentiate)
+    weight, bias, scale = (None if t is None else t.contiguous() for t in (weight, bias, scale))
+    statistics = (mean, rstd) if differentiate else None
+    kernels.forward_launch(x.contiguous(), y.contiguous(), scale, weight, bias, total, normed, statistics, eps).run(
+        x.device
+    )
+    return total, normed, mean, rstd
+
+
+def _outputs(x: Tensor, y: Tensor, differentiate: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = torch.promote_types(x.dtype, y.dtype)
+    total, normed = (x.new_empty(x.shape, dtype=dtype) for _ in range(2))
+    statistics = x.shape[:2] if differentiate else (0,)
+    mean, rstd = (x.new_empty(statistics, dtype=compute_dtype(total)) for _ in range(2))
+    return total, normed, mean, rstd
+
+
+@_add_layer_norm.register_fake
+def _(x: Tensor, y: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _outputs(x, y, rest[-1])
+
+
+@torch.library.custom_op(
+    "t2t_fast::add_layer_norm_backward",
+    mutates_args=(),
+    schema="(Tensor? d_total, Tensor d_normed, Tensor total, Tensor mean, Tensor rstd, Tensor? weight, Tensor? scale, "
+    "ScalarType x_dtype, ScalarType y_dtype, bool has_bias) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _backward(
+    d_total: Tensor | None,
+    d_normed: Tensor,
+    total: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    scale: Tensor | None,
+    x_dtype: torch.dtype,
+    y_dtype: torch.dtype,
+    has_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x; of y, empty where it is that of x; of the LayerNorm's weight and bias in float32 or better."""
+    from ..kernels import add_layer_norm as kernels
+
+    splits, channels = kernels.num_splits(total), total.shape[2]
+    dx, dy, d_weight, d_bias = _gradients(total, mean, weight, scale, x_dtype, y_dtype, has_bias)
+    weights, biases = (mean.new_empty(splits, channels) if w else None for w in (weight is not None, has_bias))
+    kernels.backward_launch(
+        None if d_total is None else d_total.contiguous(),
+        d_normed.contiguous(),
+        total,
+        (mean, rstd),
+        None if scale is None else scale.contiguous(),
+        None if weight is None else weight.contiguous(),
+        dx,
+        dy if dy.numel() else None,
+        weights,
+        biases,
+        splits,
+    ).run(total.device)
+    return dx, dy, d_weight if weights is None else weights.sum(0), d_bias if biases is None else biases.sum(0)
+
+
+def _gradients(
+    total: Tensor,
+    mean: Tensor,
+    weight: Tensor | None,
+    scale: Tensor | None,
+    x_dtype: torch.dtype,
+    y_dtype: torch.dtype,
+    has_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dx = total.new_empty(total.shape, dtype=x_dtype)
+    dy = total.new_empty(total.shape if scale is not None or x_dtype != y_dtype else (0,), dtype=y_dtype)
+    d_weight, d_bias = (mean.new_empty(total.shape[2] if w else 0) for w in (weight is not None, has_bias))
+    return dx, dy, d_weight, d_bias
+
+
+@_backward.register_fake
+def _(
+    d_total: Tensor | None, d_normed: Tensor, total: Tensor, mean: Tensor, rstd: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _gradients(total, mean, *rest)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, y, weight, bias, scale, _, _ = inputs
+    total, _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.dtypes = (x.dtype, y.dtype)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(total, mean, rstd, weight, scale)
+
+
+def _differentiate(
+    ctx: Any, d_total: Tensor | None, d_normed: Tensor | None, *unused: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    total, mean, rstd, weight, scale = ctx.saved_tensors
+    if d_normed is None:
+        d_normed = torch.zeros_like(total)
+    dx, dy, d_weight, d_bias = _backward(
+        d_total, d_normed, total, mean, rstd, weight, scale, *ctx.dtypes, ctx.bias_dtype is not None
+    )
+    dy = dy if scale is not None or ctx.dtypes[0] != ctx.dtypes[1] else dx
+    return (
+        dx,
+        dy,
+        None if weight is None else d_weight.to(weight.dtype),
+        None if ctx.bias_dtype is None else d_bias.to(ctx.bias_dtype),
+        *(None,) * 3,
+    )
+
+
+_add_layer_norm.register_autograd(_differentiate, setup_context=_keep)
+no_second_derivative(_backward, "add_layer_norm")
