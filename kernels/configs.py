@@ -36,9 +36,10 @@ SOFT_SPLIT_LINEAR_FORWARD = Table(
         80: {
             "half": _config(8, 3, tokens=64, features=32, out=256),
             "tf32": _config(8, 2, tokens=64, features=32, out=128),
-            "float32": _config(4, 1, tokens=64, features=16, out=64),
+            "float32": _config(8, 1, tokens=64, features=16, out=64),
             "float64": _config(4, 1, tokens=32, features=16, out=32),
         },
+        89: {"float32": _config(4, 1, tokens=64, features=16, out=64)},
         100: {"tf32": _config(8, 1, tokens=64, features=32, out=128)},
     }
 )

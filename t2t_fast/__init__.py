@@ -17,6 +17,7 @@ from .models import T2TViT, T2TViTDense, create_model, list_models
 from .models.checkpoints import CheckpointError, load_checkpoint, save_checkpoint
 from .models.export import ExportError, export
 from .models.freeze import FrozenT2TViT, freeze
+from .models.graph_runner import GraphRunner
 from .models.optimize import optimize
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "CheckpointError",
     "ExportError",
     "FrozenT2TViT",
+    "GraphRunner",
     "T2TViT",
     "T2TViTDense",
     "create_model",

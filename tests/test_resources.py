@@ -46,7 +46,11 @@ def test_the_table_is_complete_and_clean() -> None:
         assert row["registers"] <= 255
         assert row["shared_bytes"] <= SHARED[row["arch"]] * 1024, key(row)
         assert bool(row["tensor_cores"]) == (row["multiplies"] and row["kind"] != "float32"), key(row)
-        if row["arch"] == 90 and row["tensor_cores"] and row["kernel"].startswith(("soft_split_linear", "layer_norm_linear")):
+        if (
+            row["arch"] == 90
+            and row["tensor_cores"]
+            and row["kernel"].startswith(("soft_split_linear", "layer_norm_linear"))
+        ):
             assert row["tensor_cores"] == ["wgmma.mma_async"]  # the Performer's tiles are too small for it
 
 
