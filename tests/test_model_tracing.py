@@ -144,6 +144,23 @@ def test_compile_in_training() -> None:
         assert torch.isfinite(gradients(compiled, model, seeded_images(3, height, width))).all()
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("_fresh_compiler")
+def test_compiled_to_machine_code() -> None:
+    """By Inductor, as users do, where one program serves all batches."""
+    model = small("t2t_vit_14_se_mlp", depth=1).eval()
+    compiled = torch.compile(model, fullgraph=True)
+    images = seeded_images(5, 32, 32)
+    torch._dynamo.mark_dynamic(images, 0)
+    with torch.no_grad():
+        assert relative_error(compiled(images), model(images)) < 1e-5
+        with torch.compiler.set_stance("fail_on_recompile"):
+            for batch in (2, 9):
+                other = seeded_images(batch, 32, 32)
+                torch._dynamo.mark_dynamic(other, 0)
+                assert relative_error(compiled(other), model(other)) < 1e-5
+
+
 @pytest.mark.usefixtures("_fresh_compiler")
 def test_compile_with_checkpointing() -> None:
     model, images = small("t2t_vit_7", token_drop_rate=0.0).train(), seeded_images(3, 32, 32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -335,6 +336,28 @@ def test_refusals_say_why() -> None:
     assert "triton: there are no Triton kernels for devices of type 'meta'" in refusal(meta)
     bf16 = "x, w = torch.randn(1, 3, 8, 8).bfloat16(), torch.randn(4, 27).bfloat16()"
     assert "triton: Triton's interpreter multiplies bfloat16 wrongly" in refusal(bf16, TRITON_INTERPRET="1")
+
+
+@pytest.mark.parametrize(
+    ("device", "target", "reason"),
+    [
+        ("cuda", ("hip", "gfx942"), "configurations are for NVIDIA GPUs, and Triton compiles for 'hip' here"),
+        ("xpu", ("xpu", 20), "configurations are for NVIDIA GPUs, and Triton compiles for 'xpu' here"),
+        ("cuda", ("cuda", 75), r"compute capability 7\.5; the kernels need 8\.0 or newer"),
+        ("mps", None, "no Triton kernels for devices of type 'mps'"),
+    ],
+)
+def test_other_hardware_takes_the_library(
+    device: str, target: tuple[str, int | str], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from t2t_fast.triton import availability
+
+    monkeypatch.setattr(availability, "triton_is_interpreted", lambda: False)
+    monkeypatch.setattr(availability, "_target", lambda device: target)
+    assert re.search(reason, str(availability._device_reason(torch.device(device))))
+    if target is not None:
+        monkeypatch.setattr(availability, "_target", lambda device: ("cuda", 80))
+        assert availability._device_reason(torch.device(device)) is None
 
 
 def test_other_dtypes_are_refused() -> None:

@@ -83,16 +83,25 @@ def _device_reason(device: torch.device) -> str | None:
         if not is_interpreted(_soft_split_forward_kernel):
             return "the tensor is on the CPU, and TRITON_INTERPRET=1 was set after the kernels were imported"
         return None
-    if device.type != "cuda":
+    if device.type not in ("cuda", "xpu"):  # ROCm's devices are of type cuda, too
         return f"there are no Triton kernels for devices of type {device.type!r}"
-    if torch.version.hip is not None:
-        return "the kernels' configurations are for NVIDIA GPUs, and this torch is built for ROCm"
     if triton_is_interpreted():
         return "TRITON_INTERPRET=1 is set: the interpreter runs on the CPU"
     try:
-        major, minor = torch.cuda.get_device_capability(device)
+        target, arch = _target(device)
     except (RuntimeError, AssertionError) as error:  # a fake tensor on a machine without a GPU
-        return f"CUDA does not answer: {error}"
-    if 10 * major + minor < _OLDEST:
-        return f"the GPU has compute capability {major}.{minor}; the kernels need 8.0 or newer"
+        return f"Triton finds no GPU: {' '.join(str(error).split())}"
+    if target != "cuda":
+        return f"the kernels' configurations are for NVIDIA GPUs, and Triton compiles for {target!r} here"
+    if int(arch) < _OLDEST:
+        return f"the GPU has compute capability {int(arch) / 10}; the kernels need 8.0 or newer"
     return None
+
+
+def _target(device: torch.device) -> tuple[str, int | str]:
+    """What Triton compiles for on ``device``: the kind of GPU and its generation, as compute capability times ten."""
+    import triton
+
+    with torch.get_device_module(device).device(device):
+        target = triton.runtime.driver.active.get_current_target()
+    return target.backend, target.arch
