@@ -8,6 +8,7 @@ import math
 import os
 import re
 import tempfile
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -48,15 +49,16 @@ def positive_seconds(text: str) -> float:
     return value
 
 
-def result_path(output: Path | None, device: str, torch_version: str, date: datetime) -> Path:
-    """Where the results go: ``output``, or a file named by device, torch and date in that folder or in ``RESULTS``.
+def result_path(output: Path | None, device: str, env: Mapping[str, Any], date: datetime) -> Path:
+    """Where the results go: ``output``, or a file named by device, versions and date in that folder or in ``RESULTS``.
 
     The folder is made and tried now, not after minutes of measuring.
 
     Raises:
         UsageError: Nothing can be written there.
     """
-    name = f"{slug(device)}_torch{torch_version.partition('+')[0]}_{date:%Y%m%d-%H%M%S}.json"
+    versions = "_".join(f"{name}{str(env[name]).partition('+')[0]}" for name in ("torch", "triton") if env[name])
+    name = f"{slug(device)}_{versions}_{date:%Y%m%d-%H%M%S}.json"
     is_folder = output is not None and (output.is_dir() or not output.suffix)  # a name without an ending is a folder
     path = RESULTS / name if output is None else output / name if is_folder else output
     try:
@@ -88,3 +90,20 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
         raise UsageError(f"--output: {path} could not be written ({error.strerror}); pass another file") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_json(option: str, path: Path) -> dict[str, Any]:
+    """A result file's content.
+
+    Raises:
+        UsageError: ``option`` names no result file.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except OSError as error:
+        raise UsageError(f"{option}: {str(path)!r} cannot be read ({error.strerror}); pass a result file") from error
+    except ValueError as error:
+        raise UsageError(f"{option}: {str(path)!r} is no JSON; pass a result file of these benchmarks") from error
+    if not isinstance(content, dict) or not isinstance(content.get("rows"), list):
+        raise UsageError(f"{option}: {str(path)!r} holds no rows; pass a result file of these benchmarks")
+    return content

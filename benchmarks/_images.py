@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import random
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from _common import UsageError
 from PIL import Image
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_dataset, create_loader
 from torch import Tensor
 from torchvision import transforms
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -76,3 +78,42 @@ def _read_folder(folder: Path, seed: int) -> tuple[list[Image.Image], str]:
         raise UsageError(f"--images: {str(folder)!r} holds {detail}; accepted: {', '.join(IMG_EXTENSIONS)}")
     skipped = f", {unreadable} unreadable files skipped" if unreadable else ""
     return photographs, f"crops of {len(photographs)} images in {folder}{skipped}"
+
+
+def loader_for(folder: Path, img_size: int, device: torch.device) -> Callable[[int, torch.dtype], Tensor]:
+    """A function that returns the next batch of ``folder``, of so many images in that dtype, on the device.
+
+    The images are read, decoded, resized and cropped by timm's loader for evaluation, in processes of their own,
+    over and over.
+
+    Raises:
+        UsageError: (By the function) the folder holds less than a batch.
+    """
+    dataset = create_dataset("", root=str(folder))
+    streams: dict[int, Iterator[Tensor]] = {}
+
+    def stream(batch_size: int) -> Iterator[Tensor]:
+        if len(dataset) < batch_size:
+            raise UsageError(
+                f"--images: {str(folder)!r} holds {len(dataset)} images, less than a batch of {batch_size}"
+            )
+        loader = create_loader(
+            dataset,
+            input_size=(3, img_size, img_size),
+            batch_size=batch_size,
+            is_training=False,
+            use_prefetcher=device.type == "cuda",
+            num_workers=min(8, os.cpu_count() or 1),
+            device=device,
+        )
+        while True:
+            for images, _ in loader:
+                if len(images) == batch_size:
+                    yield images
+
+    def fetch(batch_size: int, dtype: torch.dtype) -> Tensor:
+        if batch_size not in streams:
+            streams[batch_size] = stream(batch_size)
+        return next(streams[batch_size]).to(device, dtype)
+
+    return fetch

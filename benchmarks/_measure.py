@@ -1,47 +1,30 @@
-"""Build the models to compare, check them against the definition in float64, and time them in turn."""
+"""Check rows against the definition in float64, and time them in turn."""
 
 from __future__ import annotations
 
-import difflib
+import contextlib
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import timm
+import _models
 import torch
 from _common import UsageError
+from _variants import CannotRun, Row, build, precision_of
 from torch import Tensor, nn
 
 import t2t_fast
-from t2t_fast.macs import count_macs
 
-# Accepted relative norm of the error of the logits: three to five times what rounding alone leaves, in any T2T-ViT.
+# Accepted relative norm of the error of the logits and, in training, of all gradients together, by the dtype of the
+# products: three to five times what rounding alone leaves, in any T2T-ViT.
 TOLERANCES = {torch.float32: 5e-6, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+GRADIENT_TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 1e-1, torch.float16: 2e-2}
+TF32_TOLERANCES = {"inference": 4e-3, "training": 2e-2}  # as many digits as float16
 MIN_REPEATS, MAX_REPEATS = 5, 100
-
-
-@dataclass
-class Row:
-    """One model with one backend; ``weights`` are those that all rows of a T2T-ViT were given."""
-
-    model: str
-    backend: str | None
-    module: nn.Module
-    params: int
-    macs: int
-    weights: dict[str, Tensor] | None = None
-    ops: dict[str, list[str]] = field(default_factory=dict)
-    error: float | None = None
-    top1: float | None = None
-    passed: bool = True
-    times: list[float] = field(default_factory=list)
-
-    @property
-    def label(self) -> str:
-        return f"{self.model} {self.backend}" if self.backend else self.model
+SETTLED = 0.05  # two runs in a row that differ by less: warm
+Report = Callable[[str, int, int], None]
 
 
 def select_device(name: str) -> torch.device:
@@ -59,13 +42,19 @@ def select_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def select_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype for ``--dtype``; ``auto`` is 16 bits on CUDA and float32 elsewhere."""
+def select_precision(name: str, device: torch.device) -> str:
+    """The precision for ``--precision``; ``auto`` is 16 bits on CUDA and float32 elsewhere.
+
+    Raises:
+        UsageError: The device has no such arithmetic.
+    """
     if name == "auto":
         if device.type != "cuda":
-            return torch.float32
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    return next(dtype for dtype in TOLERANCES if str(dtype) == f"torch.{name}")
+            return "float32"
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    if name == "tf32" and device.type != "cuda":
+        raise UsageError(f"--precision: tf32 is for CUDA devices, not for {device.type!r}; take float32")
+    return name
 
 
 def device_name(device: torch.device, env: dict[str, Any]) -> str:
@@ -75,187 +64,275 @@ def device_name(device: torch.device, env: dict[str, Any]) -> str:
     return f"{device.type} {env['cpu']['model'] or 'unknown'}"
 
 
-def check_names(models: Sequence[str]) -> None:
-    """Raise UsageError unless every name is one that timm or this package can create."""
-    for name in models:
-        if not timm.is_model(name):
-            near = difflib.get_close_matches(name, timm.list_models(), n=3)  # ours are registered there
-            hint = f"; did you mean {' or '.join(near)}?" if near else ""
-            ours = ", ".join(t2t_fast.list_models())
-            raise UsageError(f"--models: {name!r} is unknown; accepted: {ours} and timm's names{hint}")
+class Oracle:
+    """Weights of our models, and what the reference makes of them in float64: logits or gradients, kept for reuse."""
+
+    def __init__(self, images: Tensor, device: torch.device, seed: int) -> None:
+        self.images, self.device, self.seed = images, device, seed
+        self._weights: dict[tuple[str, int], dict[str, Tensor]] = {}
+        self._answers: dict[tuple[Any, ...], Tensor] = {}
+
+    def count(self, row: Row) -> int:
+        """How many images of the row's batch are compared: float64 takes its time on a CPU."""
+        return min(row.batch_size, 8 if self.device.type == "cpu" else 32, 4 if row.mode == "training" else 32)
+
+    def weights(self, row: Row) -> dict[str, Tensor] | None:
+        if not _models.is_ours(row.model):
+            return None
+        key = (row.model, row.img_size)
+        if key not in self._weights:
+            self._weights[key] = _models.random_weights(*key, self.seed)
+        return self._weights[key]
+
+    def answer(self, row: Row) -> Tensor:
+        """The exact result for the first images, with weights and images rounded as the row has them."""
+        count = self.count(row)
+        key = (row.model, row.img_size, row.mode, row.weight_dtype, count)
+        if key not in self._answers:
+            device = self.device.type if self.device.type == "cuda" else "cpu"  # others may lack float64
+            model = _models.create(row.model, row.img_size, backend="reference")
+            model.load_state_dict(self.weights(row) or {})
+            model = model.to(row.weight_dtype).to(device, torch.float64)
+            images = self.images[:count].to(row.weight_dtype).to(device, torch.float64)
+            self._answers[key] = gradients(model, images) if row.mode == "training" else _logits(model, images)
+        return self._answers[key]
 
 
-def build_rows(name: str, backends: Sequence[str], img_size: int, seed: int) -> list[Row]:
-    """The rows of one model, with random weights: one per backend if it is a T2T-ViT, otherwise one.
+@torch.no_grad()
+def _logits(model: nn.Module, images: Tensor) -> Tensor:
+    return model(images).double().cpu()
 
-    Raises:
-        UsageError: The model does not take images of that size.
-    """
-    torch.manual_seed(seed)
+
+def gradients(model: nn.Module, images: Tensor) -> Tensor:
+    """Gradients of all parameters for a fixed loss, without dropout, as one vector."""
+    model.eval()
+    model.zero_grad(set_to_none=True)
+    model(images).double().square().mean().backward()
+    found = [p.grad.double().flatten().cpu() for p in model.parameters() if p.grad is not None]
+    model.zero_grad(set_to_none=True)
+    return torch.cat(found)
+
+
+def prepare(rows: Sequence[Row], oracle: Oracle, report: Report) -> list[Row]:
+    """Build, check and warm up each row; those that may be timed are returned, the others' status tells why not."""
+    ready = []
+    for done, row in enumerate(rows):
+        report(f"preparing {row.label}", done, len(rows))
+        with guarded(row):
+            build(row, oracle.weights(row), oracle.device, oracle.seed)
+            images = batch_for(row, oracle)
+            check(row, oracle, images)
+            if row.status == "pending":
+                settle(row, images)
+                ready.append(row)
+        if row.status != "pending":
+            row.drop()
+    return [row for row in ready if row.status == "pending"]
+
+
+@contextlib.contextmanager
+def guarded(row: Row) -> Iterator[None]:
+    """Turns what keeps one row from running into its status; the others go on."""
     try:
-        model = _create(name, img_size)
-        cost = count_macs(model, img_size)
-    except (AssertionError, ValueError) as error:  # how timm and this package refuse a size
-        raise UsageError(f"--img-size: got {img_size}, which {name} does not take: {error}") from error
-    if not isinstance(model, t2t_fast.T2TViT):
-        return [Row(name, None, model, cost.params, cost.macs)]
-    _spread(model)
-    weights = model.state_dict()
-    return [Row(name, b, _t2t(name, img_size, b, weights), cost.params, cost.macs, weights) for b in backends]
+        yield
+    except (CannotRun, t2t_fast.BackendUnavailable) as error:
+        row.status = f"cannot run: {' '.join(str(error).split())}"
+    except torch.OutOfMemoryError:
+        row.status = "out of memory"
+    except RuntimeError as error:
+        if "allocate memory" not in str(error) and "out of memory" not in str(error):
+            raise
+        row.status = "out of memory"
+    if row.status == "out of memory":
+        row.drop()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
-def _create(name: str, img_size: int) -> nn.Module:
-    try:
-        return timm.create_model(name, img_size=img_size).eval()
-    except TypeError:  # most convolutional networks take any size, and no such argument
-        return timm.create_model(name).eval()
+def batch_for(row: Row, oracle: Oracle) -> Tensor:
+    """The row's batch on the device; images repeat where there are fewer."""
+    images = oracle.images
+    if len(images) < row.batch_size:
+        images = images.repeat(math.ceil(row.batch_size / len(images)), 1, 1, 1)
+    return images[: row.batch_size].to(oracle.device, row.weight_dtype)
 
 
-def _t2t(name: str, img_size: int, backend: str, weights: dict[str, Tensor]) -> nn.Module:
-    model = timm.create_model(name, img_size=img_size, backend=backend).eval()
-    model.load_state_dict(weights)
-    return model
+def check(row: Row, oracle: Oracle, images: Tensor) -> None:
+    """Compare the row's logits, or its gradients, with the exact ones; models that are not ours only have to run.
 
-
-def _spread(model: nn.Module) -> None:
-    """Random values in every bias and norm, and weights that keep the variance; shorter keys and queries.
-
-    As initialised, the logits hardly depend on the image and not at all on the biases; and where keys and queries are
-    long, the Performer's features all but vanish. Errors would hide.
+    A row whose error exceeds the tolerance, or is not a number, gets the status "wrong".
     """
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            gain = 0.5 if name.endswith("kqv") else 1.0
-            nn.init.normal_(module.weight, std=gain * module.in_features**-0.5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    assert row.module is not None and row.step is not None
+    if oracle.weights(row) is None:
+        row.step(images)
+        return
+    with precision_of(row, oracle.device):
+        explained = t2t_fast.explain(_explicable(row.module), images[:2]).backends()
+    row.ops = {op: sorted(ran) for op, ran in explained.items()}
+    exact, count = oracle.answer(row), oracle.count(row)
+    if row.mode == "training":
+        with precision_of(row, oracle.device):
+            got = gradients(row.module, images[:count])
+        row.tolerance = GRADIENT_TOLERANCES[row.product_dtype]
+    else:
+        got = row.step(images)[:count].double().cpu()
+        row.top1 = (got.argmax(1) == exact.argmax(1)).double().mean().item()
+        row.tolerance = TOLERANCES[row.product_dtype]
+    if row.precision == "tf32":
+        row.tolerance = TF32_TOLERANCES[row.mode]
+    row.error = ((got - exact).norm() / exact.norm()).item()
+    if not row.error <= row.tolerance:  # a NaN does not pass
+        row.status = "wrong"
 
 
-@torch.inference_mode()
-def check(rows: Sequence[Row], images: Tensor) -> int:
-    """Run every row once, and compare the T2T-ViTs' logits with the reference backend in float64.
-
-    The weights and images are the same, after rounding to the dtype of ``images``: what remains is the arithmetic.
-
-    Returns:
-        The number of images compared.
-
-    Raises:
-        UsageError: A row cannot run.
-    """
-    count = min(len(images), 8 if images.device.type == "cpu" else 32)  # float64 takes its time on a CPU
-    sample = torch.linspace(0, len(images) - 1, count).long()
-    exact: dict[str, Tensor] = {}
-    for row in rows:
-        logits = _first_run(row, images)[sample.to(images.device)].cpu().double()
-        if row.backend is None or row.weights is None:
-            continue
-        row.ops = {op: sorted(ran) for op, ran in t2t_fast.explain(row.module, images).backends().items()}
-        if row.model not in exact:
-            exact[row.model] = _exact_logits(row, row.weights, images[sample.to(images.device)])
-        expected = exact[row.model]
-        row.error = ((logits - expected).norm() / expected.norm()).item()
-        row.top1 = (logits.argmax(1) == expected.argmax(1)).double().mean().item()
-        row.passed = row.error <= TOLERANCES[images.dtype]  # a NaN does not pass
-    return count
+def _explicable(module: nn.Module) -> nn.Module:
+    """What runs op by op inside a compiled or recorded module."""
+    module = getattr(module, "_orig_mod", module)
+    return module.model if isinstance(module, t2t_fast.GraphRunner) else module
 
 
-def _first_run(row: Row, images: Tensor) -> Tensor:
-    try:
-        return row.module(images)
-    except t2t_fast.BackendUnavailable as error:
-        raise UsageError(f"--backends: {row.label}: {error}") from error
-    except torch.OutOfMemoryError as error:
-        raise UsageError(f"--batch-size: {len(images)} images do not fit into memory with {row.label}") from error
+def settle(row: Row, images: Tensor, most: int = 20) -> None:
+    """Run until two runs in a row take the same time: caches, clocks and algorithms have been found."""
+    previous = math.inf
+    for _ in range(most):
+        seconds = time_step(row, images)
+        if abs(seconds - previous) <= SETTLED * seconds:
+            return
+        previous = seconds
 
 
-def _exact_logits(row: Row, weights: dict[str, Tensor], images: Tensor) -> Tensor:
-    device = images.device.type if images.device.type == "cuda" else "cpu"  # others may lack float64
-    model = _t2t(row.model, images.shape[-1], "reference", weights)
-    return model.to(images.dtype).to(device, torch.float64)(images.to(device, torch.float64)).cpu()
-
-
-@torch.inference_mode()
 def time_rows(
-    rows: Sequence[Row], images: Tensor, repeats: int | None, budget: float, report: Callable[[int, int], None]
+    rows: Sequence[Row],
+    batches: Callable[[Row], Tensor],
+    repeats: int | None,
+    budget: float,
+    report: Report,
+    keep: Callable[[], None] = lambda: None,
 ) -> None:
     """Time the rows in rounds, one batch of each per round, so that drift of the machine hits all alike.
 
     Args:
-        rows: Warm already from :func:`check`; a GPU gets a few more rounds to raise its clocks.
-        images: The batch.
+        rows: Prepared rows.
+        batches: A row's next batch.
         repeats: Number of rounds; None leaves it to ``budget``, within MIN_REPEATS and MAX_REPEATS.
         budget: Seconds that the rounds may take together.
-        report: Called with the batches done and the batches planned.
+        report: Called with what is done, the batches done and the batches planned.
+        keep: Called after every round once a row has its least.
     """
-    for _ in range(0 if images.device.type == "cpu" else 5):
-        for row in rows:
-            time_forward(row.module, images)
     planned = repeats or MIN_REPEATS
     started = time.perf_counter()
     done = 0
+    rows = list(rows)
     while done < planned and rows:
         first = done % len(rows)  # another neighbour each round: none always runs after the same one
         for i, row in enumerate([*rows[first:], *rows[:first]]):
-            row.times.append(time_forward(row.module, images))
-            report(done * len(rows) + i + 1, planned * len(rows))
+            with guarded(row):
+                row.seconds.append(time_step(row, batches(row)))
+            report("timing", done * len(rows) + i + 1, planned * len(rows))
+        rows = [row for row in rows if row.status == "pending"]
         done += 1
+        if done >= MIN_REPEATS:
+            keep()
         if repeats is None:
             affordable = int(budget * done / (time.perf_counter() - started))
             planned = min(max(affordable, MIN_REPEATS), MAX_REPEATS)
+    for row in rows:
+        row.status = "ok"
 
 
-def time_forward(module: nn.Module, images: Tensor) -> float:
-    """Seconds of one forward pass, by the device's own clock on CUDA."""
+def time_step(row: Row, images: Tensor) -> float:
+    """Seconds of one step, by the device's own clock on CUDA."""
+    assert row.step is not None
     if images.is_cuda:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        module(images)
+        row.step(images)
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / 1000
     started = time.perf_counter()
-    module(images)
+    row.step(images)
     if images.device.type != "cpu":
         torch.accelerator.synchronize()
     return time.perf_counter() - started
 
 
-def summarise(rows: Sequence[Row], batch_size: int) -> tuple[str | None, list[dict[str, Any]]]:
-    """The label of the row that speeds are relative to, and the figures of every row, ready for JSON.
+def largest_batch(row: Row, oracle: Oracle, limit: int = 1 << 16) -> int:
+    """The largest batch that a built row can take: doubled until memory runs out, then halved in between."""
 
-    That row is the first with the backend ``reference``, or the first at all; None if it was not timed.
-    """
-    baseline = next((row for row in rows if row.backend == "reference"), rows[0])
-    return baseline.label if baseline.times else None, [_figures(row, baseline, batch_size) for row in rows]
+    def fits(size: int) -> bool:
+        trial = Row(**{**row.__dict__, "batch_size": size, "status": "pending", "seconds": []})
+        with guarded(trial):
+            build(trial, oracle.weights(trial), oracle.device, oracle.seed)
+            time_step(trial, batch_for(trial, oracle))
+        trial.drop()
+        return trial.status == "pending"
+
+    low, high = 0, 1
+    while high <= limit and fits(high):
+        low, high = high, 2 * high
+    while high - low > max(1, low // 16):
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
 
 
-def _figures(row: Row, baseline: Row, batch_size: int) -> dict[str, Any]:
-    figures: dict[str, Any] = {
-        "model": row.model,
-        "backend": row.backend,
-        "params": row.params,
-        "macs": row.macs,
-        "ops": row.ops,
-        "error": row.error if row.error is not None and math.isfinite(row.error) else None,
-        "top1": row.top1,
-        "passed": row.passed,
-        "images_per_second": None,
-        "spread": None,
-        "ms_per_batch": None,
-        "speed": None,
-        "seconds": row.times,
+def best_batch(row: Row, oracle: Oracle, limit: int) -> int:
+    """The batch up to ``limit`` that gives most images per second, among powers of two; ends when that falls twice."""
+    best, best_rate, falls, size = 1, 0.0, 0, 1
+    while size <= limit and falls < 2:
+        trial = Row(**{**row.__dict__, "batch_size": size, "status": "pending", "seconds": []})
+        with guarded(trial):
+            build(trial, oracle.weights(trial), oracle.device, oracle.seed)
+            images = batch_for(trial, oracle)
+            settle(trial, images, 5)
+            rate = size / statistics.median(time_step(trial, images) for _ in range(3))
+            best, best_rate, falls = (size, rate, 0) if rate > best_rate else (best, best_rate, falls + 1)
+        trial.drop()
+        if trial.status != "pending":
+            break
+        size *= 2
+    return best
+
+
+def figures(row: Row) -> dict[str, Any]:
+    """A row of the result file; ``speed`` comes from :func:`relate`."""
+    rates = [row.batch_size / seconds for seconds in row.seconds]
+    quartiles = statistics.quantiles(rates, n=4, method="inclusive") if len(rates) > 1 else None
+    content = {
+        name: getattr(row, name)
+        for name in ("model", "variant", "mode", "precision", "batch_size", "img_size", "params", "macs", "ops")
     }
-    if row.times:
-        rates = [batch_size / seconds for seconds in row.times]
-        figures["images_per_second"] = statistics.median(rates)
-        if len(rates) > 1:
-            quartiles = statistics.quantiles(rates, n=4, method="inclusive")
-            figures["spread"] = (quartiles[2] - quartiles[0]) / 2
-        figures["ms_per_batch"] = 1000 * statistics.median(row.times)
-        if baseline.times:
-            ratios = [theirs / ours for theirs, ours in zip(baseline.times, row.times, strict=True)]
-            figures["speed"] = statistics.median(ratios)
-    return figures
+    return content | {
+        "error": row.error if row.error is not None and math.isfinite(row.error) else None,
+        "tolerance": row.tolerance,
+        "top1": row.top1,
+        "status": row.status,
+        "passed": row.status != "wrong",
+        "images_per_second": statistics.median(rates) if rates else None,
+        "spread": (quartiles[2] - quartiles[0]) / 2 if quartiles else None,
+        "ms_per_batch": 1000 * statistics.median(row.seconds) if rates else None,
+        "speed": None,
+        "seconds": row.seconds,
+    }
+
+
+def relate(rows: Sequence[dict[str, Any]]) -> None:
+    """Fill each row's ``speed``: images per second over those of its model's reference, or of the first reference.
+
+    Of the same mode, precision, batch and image size; the median over the rounds' ratios where both ran in the same
+    rounds. Where there is no reference, the first row takes its place.
+    """
+    for row in rows:
+        kind = [r for r in rows if r["seconds"] and all(r[k] == row[k] for k in ("mode", "precision", "img_size"))]
+        same = [r for r in kind if r["batch_size"] == row["batch_size"]] or kind
+        references = [r for r in same if r["variant"] == "reference"]
+        baseline = next((r for r in references if r["model"] == row["model"]), next(iter(references + same), None))
+        if baseline is None or not row["seconds"]:
+            continue
+        row["baseline"] = f"{baseline['model']} {baseline['variant'] or ''}".strip()
+        ours, theirs = row["seconds"], baseline["seconds"]
+        if len(ours) == len(theirs) and row["batch_size"] == baseline["batch_size"]:
+            row["speed"] = statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
+        else:
+            row["speed"] = row["images_per_second"] / baseline["images_per_second"]

@@ -170,8 +170,9 @@ def main(argv: list[str] | None = None) -> int:
     on_gpu = torch.cuda.is_available()
     device = torch.cuda.get_device_name() if on_gpu else platform.processor() or "cpu"
     try:
-        path = result_path(args.output, f"kernels-{device}", torch.__version__, date)
-        result: dict[str, Any] = {"command": sys.argv, "date": date.isoformat(), "environment": collect_env()}
+        env = collect_env()
+        path = result_path(args.output, f"kernels-{device}", env, date)
+        result: dict[str, Any] = {"command": sys.argv, "date": date.isoformat(), "environment": env}
         result["work"] = {
             use: {part: dataclasses.asdict(cost) for part, cost in work(use, args.batch_size, dtype.itemsize).items()}
             for use in USES

@@ -136,7 +136,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _measure_all(options: argparse.Namespace, argv: Sequence[str]) -> tuple[Path, dict[str, Any]]:
-    import torch
 
     from t2t_fast.env import collect_env
 
@@ -144,7 +143,7 @@ def _measure_all(options: argparse.Namespace, argv: Sequence[str]) -> tuple[Path
     if not env["extension"]["loaded"]:
         raise UsageError(f"native: {env['extension']['reason']}")
     hardware = f"cpu {env['cpu']['model'] or 'unknown'}"
-    path = result_path(options.output, f"se {hardware}", str(torch.__version__), date)
+    path = result_path(options.output, f"se {hardware}", env, date)
     rows = []
     spawn = multiprocessing.get_context("spawn")
     cases = list(itertools.product(options.shapes, options.dtypes, PARTS, ALLOCATORS))

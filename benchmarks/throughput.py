@@ -1,41 +1,49 @@
-"""Images per second of T2T-ViT with each backend, beside timm's models, on the same images. See README.md here."""
+"""Images per second of T2T-ViT in each variant, beside timm's models, on the same images. See README.md here."""
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from _common import OneLineParser, UsageError, positive_int, positive_seconds, result_path, write_json
-from rich.box import SIMPLE_HEAD
+from _common import OneLineParser, UsageError, positive_int, positive_seconds, read_json, result_path, write_json
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # an uninstalled checkout; an installed package comes first
 
 MODELS = ("t2t_vit_14", "deit_small_patch16_224", "vit_small_patch16_224", "resnet50")
-BACKENDS = ("reference", "auto")
-ALL_BACKENDS = ("auto", "reference", "aten", "triton", "native")
+BACKENDS = ("auto", "reference", "aten", "triton", "native")
+VARIANTS = (*BACKENDS, "frozen", "compiled", "compiled-reference", "compiled-frozen", "cuda-graph")
+DEFAULT_VARIANTS = {"inference": ("reference", "auto", "frozen"), "training": ("reference", "auto")}
+PRECISIONS = ("auto", "float32", "tf32", "bfloat16", "float16", "autocast-bfloat16", "autocast-float16")
 BATCH_SIZES = {"cpu": 16, "cuda": 128}
+LATENCY_REPEATS = 100
 SEED = 0
-WIDTH = 108  # of the table
 
 EXAMPLES = """\
 examples:
-  python benchmarks/throughput.py                              the default comparison, one to two minutes on a CPU
-  python benchmarks/throughput.py --device cuda --batch-size 256 --dtype float16
-  python benchmarks/throughput.py --models t2t_vit_7 t2t_vit_24 swin_tiny_patch4_window7_224
-  python benchmarks/throughput.py --models t2t_vit_14 --backends reference aten auto --img-size 384
-  python benchmarks/throughput.py --images ~/photos --time-budget 300 --output photos.json
+  python benchmarks/throughput.py                              the default comparison, two minutes on a CPU
+  python benchmarks/throughput.py --models paper --batch-size best           all models of the paper's tables
+  python benchmarks/throughput.py --mode training --precision autocast-bfloat16 --variants reference auto compiled
+  python benchmarks/throughput.py --device cuda --precision bfloat16 float16 --batch-size 32 128 512
+  python benchmarks/throughput.py --models t2t_vit_14 --latency --variants auto frozen cuda-graph
+  python benchmarks/throughput.py --images ~/imagenet/val --with-loader      decoding included
+  python benchmarks/throughput.py --models paper --output run.json           after an interruption: --resume run.json
 
-exit status: 0, 1 if a backend's logits are wrong, 2 if an argument is
+exit status: 0, 1 if a variant's results are wrong, 2 if an argument is, 130 if interrupted
 """
+
+
+def batch_size(text: str) -> int | str:
+    """An argparse type: a number of images, ``max`` or ``best``."""
+    return text if text in ("max", "best") else positive_int(text)
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -44,181 +52,232 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         prog="throughput.py", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--models", nargs="+", default=list(MODELS), metavar="NAME", help=f"default: {' '.join(MODELS)}")
+    add("--models", nargs="+", default=list(MODELS), metavar="NAME", help=f"or paper; default: {' '.join(MODELS)}")
     add(
+        "--variants",
         "--backends",
         nargs="+",
-        default=list(BACKENDS),
-        choices=ALL_BACKENDS,
+        choices=VARIANTS,
         metavar="NAME",
-        help=f"of the T2T-ViTs: {', '.join(ALL_BACKENDS)}; default: {' '.join(BACKENDS)}",
+        help=f"of the T2T-ViTs: {', '.join(VARIANTS)}; default: reference auto, and frozen in inference. With "
+        "compiled, timm's models are measured compiled, too",
     )
-    add("--batch-size", type=positive_int, metavar="N", help="default: 16 on a CPU, 128 on CUDA, 32 elsewhere")
-    add("--img-size", type=positive_int, default=224, metavar="PIXELS", help="default: 224")
+    add("--mode", nargs="+", default=["inference"], choices=("inference", "training"), help="default: inference")
     add(
+        "--precision",
         "--dtype",
-        default="auto",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        help="auto: bfloat16 on CUDA (float16 where that is missing), float32 elsewhere",
+        nargs="+",
+        default=["auto"],
+        choices=PRECISIONS,
+        metavar="NAME",
+        help=f"{', '.join(PRECISIONS)}; auto: bfloat16 on CUDA (float16 where that is missing), float32 elsewhere",
     )
+    add(
+        "--batch-size",
+        nargs="+",
+        type=batch_size,
+        metavar="N",
+        help="max: the largest that fits into a GPU; best: the one with most images/s; default: 16 on a CPU, 128 on "
+        "CUDA, 32 elsewhere",
+    )
+    add("--latency", action="store_true", help=f"batches of 1, {LATENCY_REPEATS} rounds, percentiles")
+    add("--img-size", nargs="+", type=positive_int, default=[224], metavar="PIXELS", help="default: 224")
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps", "xpu"), help="auto: a GPU if there is one")
     add("--repeats", type=positive_int, metavar="N", help="rounds; default: what the time budget allows, 5 to 100")
-    add("--time-budget", type=positive_seconds, default=45.0, metavar="SECONDS", help="for the rounds; default: 45")
+    add(
+        "--time-budget",
+        type=positive_seconds,
+        default=45.0,
+        metavar="SECONDS",
+        help="for the rounds of all rows together; default: 45",
+    )
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--images", type=Path, metavar="FOLDER", help="crop the images in this folder, at any depth")
     source.add_argument("--synthetic", action="store_true", help="noise in place of photographs")
+    add("--with-loader", action="store_true", help="reading, decoding and cropping --images is part of the time")
     add("--output", type=Path, metavar="JSON", help="file, or a folder for it; default: benchmarks/results/local")
-    return parser.parse_args(argv)
+    add("--resume", type=Path, metavar="JSON", help="measure what is missing in this file, with its own arguments")
+    add("--no-plot", action="store_true", help="no picture beside the result file")
+    options = parser.parse_args(argv)
+    if options.latency and options.batch_size:
+        parser.error("--latency: measures batches of 1; leave --batch-size out")
+    if options.with_loader and options.images is None:
+        parser.error("--with-loader: needs --images FOLDER")
+    return options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark and return the exit status."""
-    argv = sys.argv[1:] if argv is None else argv
+    argv = list(sys.argv[1:] if argv is None else argv)
     options = parse_arguments(argv)
+    path: Path | None = None
+
+    def keep(target: Path, result: dict[str, Any]) -> None:
+        nonlocal path
+        path = target
+        write_json(target, result)
+
     try:
-        path, result = measure(options, argv)
+        result = measure(options, argv, keep)
+        from _show import plot, show
+
         show(result)
-        write_json(path, result)
+        assert path is not None
+        pictures = [] if options.no_plot else plot(result, path)
     except UsageError as error:
         print(f"throughput.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("throughput.py: interrupted, nothing was written", file=sys.stderr)
+        kept = "nothing was written" if path is None else f"go on with --resume {shlex.quote(str(path))}"
+        print(f"throughput.py: interrupted, {kept}", file=sys.stderr)
         return 130
     print(f"results: {path}")
+    if pictures:
+        print(f"plot: {' '.join(map(str, pictures))}")
     return 0 if result["passed"] else 1
 
 
-def measure(options: argparse.Namespace, argv: Sequence[str]) -> tuple[Path, dict[str, Any]]:
-    """Where the result file goes, and its content.
+def measure(
+    options: argparse.Namespace, argv: list[str], keep: Callable[[Path, dict[str, Any]], None]
+) -> dict[str, Any]:
+    """Measure all rows; ``keep`` is called with the result whenever more of it is known.
 
     Raises:
         UsageError: An argument is impossible here.
     """
-    started = time.perf_counter()
-    date = datetime.now().astimezone()
+    started, date = time.perf_counter(), datetime.now().astimezone()
+    before = None if options.resume is None else read_json("--resume", options.resume)
+    if before is not None:
+        argv = shlex.split(before["command"])[2:]
+        resumed, options = options, parse_arguments(argv)
+        options.output, options.no_plot = resumed.resume, resumed.no_plot
     with _progress() as progress:
         task = progress.add_task("loading torch and timm", total=None)
 
-        def report(done: int, planned: int) -> None:
-            progress.update(task, description="timing", completed=done, total=planned)
+        def report(what: str, done: int, planned: int) -> None:
+            progress.update(task, description=what, completed=done, total=planned)
 
         import _measure
+        import _models
         import torch
-        from _images import load_images
+        from _images import load_images, loader_for
 
         from t2t_fast import use_backend
         from t2t_fast.env import collect_env
 
         device = _measure.select_device(options.device)
-        dtype = _measure.select_dtype(options.dtype, device)
-        _measure.check_names(options.models)
-        batch_size = options.batch_size or BATCH_SIZES.get(device.type, 32)
+        precisions = [_measure.select_precision(name, device) for name in options.precision]
+        models = _models.resolve_names(options.models)
+        sizes = [1] if options.latency else options.batch_size or [BATCH_SIZES.get(device.type, 32)]
+        if "max" in sizes and device.type != "cuda":
+            raise UsageError(
+                f"--batch-size: max is for CUDA devices, {device.type!r} has no limit of its own; try best"
+            )
         env = collect_env()
         hardware = _measure.device_name(device, env)
-        path = result_path(options.output, hardware, str(torch.__version__), date)
+        path = result_path(options.output, hardware, env, date)
+        result: dict[str, Any] = {
+            "benchmark": "throughput",
+            "date": date.isoformat(timespec="seconds"),
+            "command": shlex.join(["python", "benchmarks/throughput.py", *argv]),
+            "device": device.type,
+            "hardware": hardware,
+            "seed": SEED,
+            "time_budget": options.time_budget,
+            "with_loader": options.with_loader,
+            "complete": False,
+            "passed": True,
+            "rows": [],
+            "total_seconds": 0.0,
+            "environment": env,
+        }
+        if before is not None:
+            _check_same(before, result)
+            result |= {name: before[name] for name in ("rows", "date", "command")}
+            started -= before["total_seconds"]
 
-        images, origin = load_images(options.images, options.synthetic, batch_size, options.img_size, SEED)
-        images = images.to(device, dtype)
-        rows = []
-        for name in dict.fromkeys(options.models):
-            progress.update(task, description=f"building {name}")
-            rows += _measure.build_rows(name, list(dict.fromkeys(options.backends)), options.img_size, SEED)
-        for row in rows:
-            row.module.to(device, dtype)
+        def save(rows: Sequence[Any] = ()) -> None:
+            """Keep what is known, and of ``rows`` that are being timed what they have so far."""
+            now = [*result["rows"], *(_measure.figures(row) | {"asked": asked[id(row)]} for row in rows)]
+            _measure.relate(now)
+            result["passed"] = all(row["passed"] for row in now)
+            result["total_seconds"] = round(time.perf_counter() - started, 1)
+            keep(path, result | {"rows": now})
+
+        kinds = list(itertools.product(options.mode, precisions, dict.fromkeys(options.img_size), sizes))
+        largest = max((size for size in sizes if isinstance(size, int)), default=BATCH_SIZES.get(device.type, 32))
+        done = {tuple(row["asked"]) for row in result["rows"] if row["status"] != "pending"}
+        result["rows"] = [row for row in result["rows"] if tuple(row["asked"]) in done]
+        asked: dict[int, tuple[Any, ...]] = {}
         with use_backend("auto"):  # whatever T2T_FAST_BACKEND says
-            progress.update(task, description="checking the logits in float64")
-            checked = _measure.check(rows, images)
-            trusted = [row for row in rows if row.passed]
-            progress.reset(task)
-            _measure.time_rows(trusted, images, options.repeats, options.time_budget, report)
-    baseline, figures = _measure.summarise(rows, batch_size)
-    return path, {
-        "benchmark": "throughput",
-        "date": date.isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "benchmarks/throughput.py", *argv]),
-        "device": device.type,
-        "hardware": hardware,
-        "dtype": str(dtype).removeprefix("torch."),
-        "batch_size": batch_size,
-        "img_size": options.img_size,
-        "images": origin,
-        "seed": SEED,
-        "repeats": max(len(row.times) for row in rows),
-        "time_budget": options.time_budget,
-        "tolerance": _measure.TOLERANCES[dtype],
-        "checked_images": checked,
-        "passed": len(trusted) == len(rows),
-        "baseline": baseline,
-        "rows": figures,
-        "total_seconds": round(time.perf_counter() - started, 1),
-        "environment": env,
-    }
+            for number, (mode, precision, img_size, size) in enumerate(kinds):
+                images, origin = load_images(options.images, options.synthetic, min(largest, 256), img_size, SEED)
+                result["images"] = origin
+                oracle = _measure.Oracle(images, device, SEED)
+                rows = make_rows(models, options, mode, precision, img_size)
+                asked = {id(row): (*row.key[:4], str(size), img_size) for row in rows}
+                rows = [row for row in rows if asked[id(row)] not in done]
+                torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+                for row in rows:
+                    row.batch_size = size if isinstance(size, int) else 1
+                    if isinstance(size, str):
+                        report(f"{size} batch of {row.label}", number, len(kinds))
+                        search = _measure.largest_batch if size == "max" else _measure.best_batch
+                        row.batch_size = search(row, oracle, *([] if size == "max" else [1024]))
+                        if row.batch_size == 0:
+                            row.status, row.batch_size = "out of memory", 1
+                ready = _measure.prepare([row for row in rows if row.status == "pending"], oracle, report)
+                batches = {row.key: _measure.batch_for(row, oracle) for row in ready}
+                if options.with_loader:
+                    fetch = loader_for(options.images, img_size, device)
+                    time_batch = lambda row: fetch(row.batch_size, row.weight_dtype)  # noqa: E731, B023
+                else:
+                    time_batch = lambda row: batches[row.key]  # noqa: E731, B023
+                repeats = options.repeats or (LATENCY_REPEATS if options.latency else None)
+                budget = options.time_budget / len(kinds)
+                _measure.time_rows(ready, time_batch, repeats, budget, report, lambda rows=rows: save(rows))  # type: ignore[misc]
+                for row in rows:
+                    row.drop()
+                    result["rows"].append(_measure.figures(row) | {"asked": asked[id(row)]})
+                save()
+    _measure.relate(result["rows"])
+    result["complete"] = True
+    save()
+    return result
+
+
+def make_rows(
+    models: Sequence[str], options: argparse.Namespace, mode: str, precision: str, img_size: int
+) -> list[Any]:
+    """A row for every model and variant; batch sizes are still to be set."""
+    import _models
+    from _variants import Row
+
+    variants = list(dict.fromkeys(options.variants or DEFAULT_VARIANTS[mode]))
+    compiled: list[str | None] = ["compiled"] if "compiled" in variants else []
+    rows = []
+    for name in models:
+        params, macs = _models.cost_of(name, img_size)
+        for variant in variants if _models.is_ours(name) else [None, *compiled]:
+            rows.append(Row(name, variant, mode, precision, 1, img_size, params, macs))
+    return rows
+
+
+def _check_same(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise UsageError unless both were measured on the same machine with the same software."""
+    for name, a, b in (
+        ("hardware", before.get("hardware"), now["hardware"]),
+        ("torch", before["environment"]["torch"], now["environment"]["torch"]),
+        ("commit", before["environment"].get("git"), now["environment"].get("git")),
+    ):
+        if a != b:
+            raise UsageError(f"--resume: the file's {name} is {a!r}, here it is {b!r}; start anew")
 
 
 def _progress() -> Progress:
     console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), TextColumn("left")
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-
-
-def show(result: dict[str, Any]) -> None:
-    """Print the table, how to read it, and what failed."""
-    console = Console(highlight=False, markup=False)
-    console.width = max(console.width, WIDTH)  # a narrow terminal wraps lines; it must not cut figures off
-    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    table.add_column("model", no_wrap=True)
-    table.add_column("backend")
-    for heading in ("params\n(M)", "MACs\n(G)", "images/s", "ms/batch", "speed", "error", "top-1"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in result["rows"]:
-        table.add_row(*_cells(row))
-    console.print(table)
-    console.print()
-
-    threads = f", {result['environment']['cpu']['torch_threads']} threads" if result["device"] == "cpu" else ""
-    size = result["img_size"]
-    console.print(
-        f"{result['hardware']}{threads}, torch {result['environment']['torch']}, {result['dtype']}, inference on "
-        f"batches of {result['batch_size']} images, {size} x {size}, {result['images']}; "
-        f"rounds: {result['repeats']}, {result['total_seconds']:.0f} s in all."
-    )
-    speed = f" speed: relative to {result['baseline']}, median of the rounds." if result["baseline"] else ""
-    console.print(
-        f"images/s: median of the rounds ± half the interquartile range.{speed} MACs count the attention products."
-    )
-    if any(row["backend"] for row in result["rows"]):
-        console.print(
-            "error: relative norm of the logits' difference from the reference in float64, same random weights and "
-            f"images ({result['checked_images']}); accepted up to {result['tolerance']:.0e}."
-        )
-    for row in result["rows"]:
-        if not row["passed"]:
-            console.print(
-                f"WRONG: {row['model']} with backend {row['backend']}: error {_error(row)}, accepted up to "
-                f"{result['tolerance']:.0e}; its speed was not measured.",
-                style="bold red",
-            )
-
-
-def _cells(row: dict[str, Any]) -> list[str]:
-    macs = row["macs"] / 1e9
-    cells = [row["model"], row["backend"] or "-", f"{row['params'] / 1e6:.1f}", f"{macs:.{1 if macs >= 1 else 2}f}"]
-    if row["passed"]:
-        digits = 0 if row["images_per_second"] >= 1000 else 1 if row["images_per_second"] >= 10 else 2
-        spread = "" if row["spread"] is None else f" ± {row['spread']:.{digits}f}"
-        cells.append(f"{row['images_per_second']:.{digits}f}{spread}")
-        cells.append(f"{row['ms_per_batch']:.1f}")
-        cells.append("-" if row["speed"] is None else f"{row['speed']:.2f}x")
-    else:
-        cells += ["wrong", "-", "-"]
-    if row["backend"] is None:
-        return [*cells, "-", "-"]
-    return [*cells, _error(row), f"{row['top1']:.0%}"]
-
-
-def _error(row: dict[str, Any]) -> str:
-    return "nan" if row["error"] is None else f"{row['error']:.1e}"
 
 
 if __name__ == "__main__":

@@ -108,7 +108,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _measure_all(options: argparse.Namespace, argv: Sequence[str]) -> tuple[Path, dict[str, Any]]:
-    import torch
 
     import t2t_fast
     from t2t_fast.env import collect_env
@@ -118,7 +117,7 @@ def _measure_all(options: argparse.Namespace, argv: Sequence[str]) -> tuple[Path
         raise UsageError(f"--models: {unknown[0]!r} is unknown; accepted: {', '.join(t2t_fast.list_models())}")
     env, date = collect_env(), datetime.now().astimezone()
     hardware = f"cpu {env['cpu']['model'] or 'unknown'}"
-    path = result_path(options.output, f"t2t {hardware}", str(torch.__version__), date)
+    path = result_path(options.output, f"t2t {hardware}", env, date)
     rows = []
     spawn = multiprocessing.get_context("spawn")
     for model, part in track([(m, p) for m in options.models for p in PARTS], console=Console(stderr=True)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import assert_close, gradients, hand_written, leaves
+from torch import Tensor
 
 from t2t_fast import ops
 from t2t_fast.reference import attention as reference
@@ -78,3 +79,22 @@ def test_bfloat16_on_the_cpu_in_blocks(images: int, heads: int, tokens: int) -> 
         got = ops.attention(*qkv.float(), 0.25, backend="aten")
     assert got.dtype == torch.bfloat16
     assert_close(got, want, torch.bfloat16, tokens)
+    if images == 0 or tokens == 1:
+        return
+    grad = torch.randn_like(want).bfloat16()
+    wanted = reference.backward(grad.double(), *exact, 0.25)
+    found = gradients(lambda q, k, v: ops.attention(q, k, v, 0.25, backend="aten"), list(qkv), grad)
+    for g, w in zip(found, wanted, strict=True):
+        assert_close(g, w, torch.bfloat16, tokens, grad=True)
+
+
+def test_second_derivative_in_bfloat16() -> None:
+    inputs = [t.bfloat16().requires_grad_() for t in torch.randn(3, 1, 2, 5, 4)]
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+
+    def twice(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
+        (dq,) = torch.autograd.grad(ops.attention(q, k, v, 0.5, backend=backend).pow(2).sum(), q, create_graph=True)
+        return torch.autograd.grad(dq.pow(2).sum(), k)[0]
+
+    got, want = twice(*inputs, "aten").double(), twice(*exact, "reference")
+    assert (got - want).norm() < 0.1 * want.norm()

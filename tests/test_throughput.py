@@ -31,67 +31,74 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def test_script(tmp_path: Path) -> None:
-    """As a user runs it: table and legend on stdout, the whole measurement in a file named by the hardware."""
+    """As a user runs it: table and legend on stdout, the whole measurement in a file named by the hardware, a plot."""
     command = [sys.executable, str(BENCHMARKS / "throughput.py"), *TINY, "--output", str(tmp_path), "--models"]
     command += ["t2t_vit_7", "resnet18"]
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
     assert run.returncode == 0, run.stderr
-    (path,) = tmp_path.iterdir()
+    (path,) = tmp_path.glob("*.json")
     assert path.name.startswith("cpu-")
-    assert f"_torch{torch.__version__.partition('+')[0]}_" in path.name
+    assert f"_torch{torch.__version__.partition('+')[0]}_triton" in path.name
+    assert {file.suffix for file in tmp_path.iterdir()} == {".json", ".svg", ".png"}
 
     result = read(path)
-    assert result["passed"] is True
-    assert (result["device"], result["dtype"], result["batch_size"], result["img_size"]) == ("cpu", "float32", 2, 64)
+    assert result["passed"] is result["complete"] is True
+    assert result["device"] == "cpu"
     assert "china.jpg" in result["images"]
     assert result["environment"]["torch"] == str(torch.__version__)
     assert "git" in result["environment"]
     assert "--models t2t_vit_7 resnet18" in result["command"]
     rows = result["rows"]
-    assert [(row["model"], row["backend"]) for row in rows] == [
+    assert [(row["model"], row["variant"]) for row in rows] == [
         ("t2t_vit_7", "reference"),
         ("t2t_vit_7", "auto"),
+        ("t2t_vit_7", "frozen"),
         ("resnet18", None),
     ]
     for row in rows:
+        assert (row["mode"], row["precision"], row["batch_size"], row["img_size"]) == ("inference", "float32", 2, 64)
+        assert row["status"] == "ok"
         assert len(row["seconds"]) == 2
         assert row["images_per_second"] > 0
         assert row["speed"] > 0
-        assert (row["error"] is None) == (row["backend"] is None)
-    assert result["baseline"] == "t2t_vit_7 reference"
+        assert (row["error"] is None) == (row["variant"] is None)
+        assert row["baseline"] == "t2t_vit_7 reference"
     assert rows[0]["speed"] == 1.0
     assert rows[0]["ops"]["soft_split_linear"] == ["reference"]
-    assert rows[2]["params"] == 11689512
+    assert rows[3]["params"] == 11689512
 
     lines = [line.split() for line in run.stdout.splitlines()]
     assert ["t2t_vit_7", "reference"] in [line[:2] for line in lines]
     assert ["resnet18", "-", "11.7"] in [line[:3] for line in lines]
     assert "1.00x" in run.stdout
-    assert f"accepted up to {result['tolerance']:.0e}" in run.stdout
-    assert run.stdout.rstrip().endswith(str(path))
+    assert f"accepted up to {rows[0]['tolerance']:.0e}" in run.stdout
+    assert str(path) in run.stdout
 
 
+@pytest.mark.parametrize("mode", ["inference", "training"])
 @pytest.mark.parametrize("value", [2.0, float("nan")])
-def test_wrong_logits_have_no_speed(
+def test_wrong_results_have_no_speed(
     throughput: ModuleType,
     value: float,
+    mode: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     import _measure
 
-    build_rows = _measure.build_rows
+    build = _measure.build
 
-    def build_wrong_row(*args: Any) -> list[Any]:
-        rows = build_rows(*args)
-        with torch.no_grad():
-            rows[1].module.get_parameter("blocks.3.norm1.bias")[5] = value
-        return rows
+    def build_wrong(row: Any, *args: Any) -> None:
+        build(row, *args)
+        if row.variant == "auto":
+            with torch.no_grad():
+                row.module.get_parameter("blocks.3.norm1.bias")[5] = value
 
-    monkeypatch.setattr(_measure, "build_rows", build_wrong_row)
+    monkeypatch.setattr(_measure, "build", build_wrong)
     path = tmp_path / "wrong.json"
-    assert throughput.main([*TINY, "--models", "t2t_vit_7", "--synthetic", "--output", str(path)]) == 1
+    arguments = ["--models", "t2t_vit_7", "--variants", "reference", "auto", "--mode", mode, "--synthetic"]
+    assert throughput.main([*TINY, *arguments, "--output", str(path)]) == 1
     result = read(path)
     assert result["passed"] is False
     good, wrong = result["rows"]
@@ -101,40 +108,172 @@ def test_wrong_logits_have_no_speed(
     assert wrong["seconds"] == []
     assert wrong["images_per_second"] is wrong["speed"] is None
     output = capsys.readouterr().out
-    assert "WRONG: t2t_vit_7 with backend auto" in output
+    assert "WRONG: t2t_vit_7 auto" in output
     row = next(line.split() for line in output.splitlines() if line.split()[:2] == ["t2t_vit_7", "auto"])
     assert row[4:7] == ["wrong", "-", "-"]
 
 
 def test_every_parameter_counts(throughput: ModuleType) -> None:
     """The random weights let no parameter hide from the gate."""
-    import _measure
+    import _models
 
-    (row,) = _measure.build_rows("t2t_vit_7", ["aten"], 64, 0)
+    model = _models.create("t2t_vit_7", 64)
+    model.load_state_dict(_models.random_weights("t2t_vit_7", 64, 0))
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
-        expected = row.module(images)
-        for name, parameter in row.module.named_parameters():
+        expected = model(images)
+        for name, parameter in model.named_parameters():
             saved = parameter.clone()
             parameter.zero_()
-            error = (row.module(images) - expected).norm() / expected.norm()
+            error = (model(images) - expected).norm() / expected.norm()
             assert error > 1e-3, name
             parameter.copy_(saved)
+
+
+def make_row(**kwargs: Any) -> Any:
+    from _variants import Row
+
+    return Row(
+        **{**dict(zip(("model", "variant", "mode", "precision"), ("m", None, "inference", "float32"), strict=True))},
+        **{"batch_size": 1, "img_size": 1, "params": 0, "macs": 0, "step": lambda images: images, **kwargs},
+    )
 
 
 def test_time_budget(throughput: ModuleType) -> None:
     import _measure
 
-    def rows() -> list[Any]:
-        return [_measure.Row("m", None, torch.nn.Identity(), 0, 0) for _ in range(3)]
-
     images = torch.zeros(1)
     for budget, rounds in ((1e-9, _measure.MIN_REPEATS), (60.0, _measure.MAX_REPEATS)):
-        timed = rows()
+        timed = [make_row() for _ in range(3)]
         reports: list[tuple[int, int]] = []
-        _measure.time_rows(timed, images, None, budget, lambda *report: reports.append(report))  # noqa: B023
-        assert [len(row.times) for row in timed] == [rounds] * 3
+        kept: list[int] = []
+        _measure.time_rows(
+            timed,
+            lambda row: images,
+            None,
+            budget,
+            lambda what, *report: reports.append(report),  # noqa: B023
+            lambda: kept.append(len(timed[0].seconds)),  # noqa: B023
+        )
+        assert [len(row.seconds) for row in timed] == [rounds] * 3
+        assert [row.status for row in timed] == ["ok"] * 3
         assert reports[-1] == (3 * rounds, 3 * rounds)
+        assert kept == list(range(_measure.MIN_REPEATS, rounds + 1))
+
+
+def test_out_of_memory_is_a_row_that_says_so(throughput: ModuleType) -> None:
+    import _measure
+
+    calls = 0
+
+    def fail(images: torch.Tensor) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    good, bad = make_row(), make_row(step=fail)
+    _measure.time_rows([good, bad], lambda row: torch.zeros(1), 6, 1.0, lambda *report: None)
+    assert (good.status, len(good.seconds)) == ("ok", 6)
+    assert (bad.status, len(bad.seconds)) == ("out of memory", 2)
+
+    def broken(images: torch.Tensor) -> None:
+        raise RuntimeError("something else")
+
+    with pytest.raises(RuntimeError, match="something else"):
+        _measure.time_rows([make_row(step=broken)], lambda row: torch.zeros(1), 1, 1.0, lambda *report: None)
+
+
+def test_searches_for_a_batch(throughput: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    import _measure
+
+    oracle = _measure.Oracle(torch.zeros(2, 3, 4, 4), torch.device("cpu"), 0)
+    seconds = {1: 1.0, 2: 1.2, 4: 1.5, 8: 4.0, 16: 9.0}
+
+    def build(row: Any, *args: Any) -> None:
+        def step(images: torch.Tensor) -> None:
+            if len(images) > 27:
+                raise torch.OutOfMemoryError
+
+        row.step = step
+
+    monkeypatch.setattr(_measure, "build", build)
+    assert 26 <= _measure.largest_batch(make_row(), oracle) <= 27
+    monkeypatch.setattr(_measure, "time_step", lambda row, images: seconds[len(images)])
+    assert _measure.best_batch(make_row(), oracle, 1024) == 4
+
+
+def test_interrupted_and_resumed(
+    throughput: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What was measured is kept; the rest is measured later, with the arguments of the first run."""
+    import _measure
+
+    time_rows, path = _measure.time_rows, tmp_path / "run.json"
+
+    def interrupt(rows: Any, *args: Any) -> None:
+        if rows[0].img_size == 48:
+            raise KeyboardInterrupt
+        time_rows(rows, *args)
+
+    monkeypatch.setattr(_measure, "time_rows", interrupt)
+    arguments = ["--models", "t2t_vit_7", "--variants", "auto", "--img-size", "32", "48", "--batch-size", "2"]
+    arguments += ["--synthetic", "--repeats", "2", "--device", "cpu", "--output", str(path)]
+    assert throughput.main(arguments) == 130
+    assert f"go on with --resume {path}" in capsys.readouterr().err
+    first = read(path)
+    assert [row["img_size"] for row in first["rows"]] == [32]
+    assert first["complete"] is False
+    monkeypatch.setattr(_measure, "time_rows", time_rows)
+    assert throughput.main(["--resume", str(path)]) == 0
+    second = read(path)
+    assert [row["img_size"] for row in second["rows"]] == [32, 48]
+    assert second["rows"][0]["seconds"] == first["rows"][0]["seconds"]
+    assert second["complete"] is True
+    assert second["command"] == first["command"]
+    path.write_text(json.dumps(second | {"hardware": "another"}))
+    assert throughput.main(["--resume", str(path)]) == 2
+    assert "--resume: the file's hardware is 'another', here it is" in capsys.readouterr().err
+
+
+def test_variants_modes_and_precisions(throughput: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "many.json"
+    arguments = ["--models", "t2t_vit_7", "--variants", *throughput.VARIANTS, "--mode", "inference", "training"]
+    arguments += ["--img-size", "32", "--batch-size", "2", "--repeats", "1", "--precision", "autocast-bfloat16"]
+    arguments = [a for a in arguments if not a.startswith("compiled")]  # minutes
+    assert throughput.main([*arguments, "--device", "cpu", "--no-plot", "--output", str(path)]) == 0
+    status = {(row["mode"], row["variant"]): row["status"] for row in read(path)["rows"]}
+    assert status["inference", "auto"] == status["training", "auto"] == status["inference", "frozen"] == "ok"
+    assert status["training", "frozen"] == "cannot run: frozen is for inference"
+    assert "has no 'triton' implementation" in status["inference", "triton"]
+    assert "graphs are CUDA's" in status["inference", "cuda-graph"]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_latency(throughput: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "latency.json"
+    arguments = ["--models", "t2t_vit_7", "--variants", "auto", "--img-size", "32", "--latency", "--no-plot"]
+    assert throughput.main([*arguments, "--device", "cpu", "--synthetic", "--output", str(path)]) == 0
+    (row,) = read(path)["rows"]
+    assert (row["batch_size"], len(row["seconds"])) == (1, throughput.LATENCY_REPEATS)
+    output = capsys.readouterr().out
+    assert "p90, p99" in output
+    from _show import percentile
+
+    ordered = sorted(row["seconds"])
+    assert percentile(row, 90) == 1000 * ordered[89]
+    assert f"{percentile(row, 90):.1f}, {percentile(row, 99):.1f}" in output
+
+
+def test_with_the_loader(throughput: ModuleType, tmp_path: Path) -> None:
+    folder = tmp_path / "images" / "class"
+    folder.mkdir(parents=True)
+    for i in range(3):
+        Image.new("RGB", (50 + i, 60), "red").save(folder / f"{i}.jpg")
+    path = tmp_path / "loader.json"
+    arguments = ["--models", "t2t_vit_7", "--variants", "auto", "--no-plot", "--with-loader", "--images"]
+    assert throughput.main([*TINY, *arguments, str(folder.parent), "--output", str(path)]) == 0
+    assert read(path)["with_loader"] is True
 
 
 def test_folder_of_images(throughput: ModuleType, tmp_path: Path) -> None:
@@ -161,8 +300,15 @@ def test_folder_of_images(throughput: ModuleType, tmp_path: Path) -> None:
         (["--models", "t2t_vit_77"], r"--models: 't2t_vit_77' is unknown; .*did you mean t2t_vit_7"),
         (["--batch-size", "0"], r"--batch-size: got '0'; accepted: a whole number of at least 1"),
         (["--time-budget", "nan"], r"--time-budget: got 'nan'; accepted: a number of seconds above 0"),
-        (["--dtype", "float8"], r"--dtype: invalid choice: 'float8' \(choose from .*bfloat16"),
-        (["--backends", "cudnn"], r"--backends: invalid choice: 'cudnn' \(choose from .*reference"),
+        (["--precision", "float8"], r"--precision/--dtype: invalid choice: 'float8' \(choose from .*bfloat16"),
+        (["--variants", "cudnn"], r"--variants/--backends: invalid choice: 'cudnn' \(choose from .*reference"),
+        (["--batch-size", "most"], r"--batch-size: got 'most'; accepted: a whole number of at least 1"),
+        (["--batch-size", "max", "--device", "cpu"], r"--batch-size: max is for CUDA devices"),
+        (["--precision", "tf32", "--device", "cpu"], r"--precision: tf32 is for CUDA devices, not for 'cpu'"),
+        (["--latency", "--batch-size", "4"], r"--latency: measures batches of 1"),
+        (["--with-loader"], r"--with-loader: needs --images FOLDER"),
+        (["--resume", "file"], r"--resume: 'file' is no JSON"),
+        (["--resume", "nowhere"], r"--resume: 'nowhere' cannot be read"),
         (["--images", "no/such/folder"], r"--images: 'no/such/folder' is no folder"),
         (["--images", "empty"], r"--images: 'empty' holds none; accepted: \.jpg"),
         (["--img-size", "4"], r"--img-size: got 4, which t2t_vit_14 does not take: .*at least 16"),

@@ -1,43 +1,57 @@
 """Softmax attention through ``scaled_dot_product_attention``: the N x N matrix is never stored.
 
-In bfloat16 on a CPU, inference goes through two products and a softmax over blocks of scores that stay in the cache:
-there the library's fused kernel is no faster than in float32.
+In bfloat16 on a CPU it is two products and a softmax over blocks of scores that stay in the cache, and five products in
+backward, where the scores are computed again: there the library's fused kernel is no faster than in float32.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..numerics import no_autocast, product_dtype
-from .autograd import may_overwrite, wants_gradient
+from ..reference import attention as reference
+from .autograd import backward_by_hand, differentiable_backward, is_transformed, wants_gradient
 
 _BLOCK = 1 << 20  # scores at a time: measured best of 2**18 to 2**22
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float) -> Tensor:
     """(B, heads, N, D) each; returns the same shape."""
-    if dropout_p == 0 and _in_blocks(q, k, v):
+    if dropout_p == 0 and _in_blocks(q):
         dtype = product_dtype(q)
         with no_autocast(q):
-            return _by_blocks(q.to(dtype), k.to(dtype), v.to(dtype), scale)
+            q, k, v = (t.to(dtype) for t in (q, k, v))
+            return _Blocks.apply(q, k, v, scale) if wants_gradient(q, k, v) else _by_blocks(q, k, v, scale)
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
 
 
-def _in_blocks(*tensors: Tensor) -> bool:
-    if torch.compiler.is_compiling() or wants_gradient(*tensors) or not may_overwrite(*tensors):
+def _in_blocks(q: Tensor) -> bool:
+    if torch.compiler.is_compiling() or is_transformed():
         return False  # the number of blocks must not enter a graph
-    return tensors[0].device.type == "cpu" and product_dtype(tensors[0]) == torch.bfloat16
+    return q.device.type == "cpu" and product_dtype(q) == torch.bfloat16
+
+
+def _extent(q: Tensor) -> tuple[int, int]:
+    """Images in a group, and rows of queries in a block."""
+    batch, heads, tokens, _ = q.shape
+    images = max(1, min(batch, _BLOCK // max(1, heads * tokens * tokens)))
+    return images, max(1, min(tokens, _BLOCK // max(1, images * heads * tokens)))
+
+
+def _empty_like(q: Tensor) -> Tensor:
+    """(B, heads, N, D) with a token's channels together, as the projections around the attention want them."""
+    return torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
 
 
 def _by_blocks(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    batch, heads, tokens, dim = q.shape
-    images = min(batch, max(1, _BLOCK // max(1, heads * tokens * tokens)))
-    rows = min(tokens, max(1, _BLOCK // max(1, images * heads * tokens)))
-    out = q.new_empty(batch, tokens, heads, dim).transpose(1, 2)
+    (batch, heads, tokens, _), (images, rows) = q.shape, _extent(q)
+    out = _empty_like(q)
     block = [q.new_empty(images * heads, rows, tokens) for _ in range(2)]
-    for first in range(0, batch, max(1, images)):
+    for first in range(0, batch, images):
         q_part, k_part, v_part, out_part = (t[first : first + images] for t in (q, k, v, out))
         keys, values = k_part.flatten(0, 1).transpose(1, 2), v_part.flatten(0, 1)
         for queries, target in zip(q_part.split(rows, 2), out_part.split(rows, 2), strict=True):
@@ -47,3 +61,49 @@ def _by_blocks(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
             torch.softmax(scores, dim=-1, out=weights)
             target.copy_(torch.bmm(weights, values).view_as(target))
     return out
+
+
+class _Blocks(torch.autograd.Function):
+    """:func:`_by_blocks` with a backward by hand, in the same blocks: that of the reference."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        out = _by_blocks(q, k, v, scale)
+        ctx.save_for_backward(q, k, v, out)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    @backward_by_hand
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return differentiable_backward(reference.forward, (q, k, v, ctx.scale, 0.0), grad)[:4]
+        return *_backward_by_blocks(grad, q, k, v, out, ctx.scale), None
+
+
+def _backward_by_blocks(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    (batch, heads, tokens, _), (images, rows) = q.shape, _extent(q)
+    dq, dk, dv = (_empty_like(q) for _ in range(3))
+    block = [q.new_empty(images * heads, rows, tokens) for _ in range(2)]
+    for first in range(0, batch, images):
+        group = slice(first, first + images)
+        keys, values = k[group].flatten(0, 1), v[group].flatten(0, 1)
+        d_keys, d_values = (q.new_zeros(keys.shape, dtype=torch.float32) for _ in range(2))
+        for start in range(0, tokens, rows):
+            queries, d_out, target, result = (t[group, :, start : start + rows] for t in (q, grad, dq, out))
+            along = (d_out.float() * result).sum(-1, keepdim=True).flatten(0, 1)  # the mean of dP under P
+            queries, d_out = queries.flatten(0, 1), d_out.flatten(0, 1)
+            weights, d_scores = (t[: queries.shape[0], : queries.shape[1]] for t in block)
+            torch.baddbmm(d_scores, queries, keys.transpose(1, 2), beta=0, alpha=scale, out=d_scores)
+            torch.softmax(d_scores, dim=-1, out=weights)
+            d_values += torch.bmm(weights.transpose(1, 2), d_out)
+            torch.bmm(d_out, values.transpose(1, 2), out=d_scores)
+            d_scores.sub_(along.to(q.dtype)).mul_(weights)
+            target.copy_(torch.bmm(d_scores, keys).view_as(target)).mul_(scale)
+            d_keys += torch.bmm(d_scores.transpose(1, 2), queries)
+        dk[group] = d_keys.mul_(scale).view_as(dk[group])
+        dv[group] = d_values.view_as(dv[group])
+    return dq, dk, dv

@@ -73,17 +73,19 @@ class Attention(nn.Module):
         ``residual`` and ``branch_scale``, where it ``adds_residual``, are as for :func:`t2t_fast.ops.se_gate`; a plain
         ``norm``, where it ``takes_norm``, is applied to ``x`` first.
         """
-        qkv = (
-            apply_linear(x, self.qkv, self.backend, norm)
-            .unflatten(-1, (3, self.num_heads, self.head_dim))
-            .permute(2, 0, 3, 1, 4)
-        )
+        # Chunks before heads: their gradients are put together where the projection's backward reads them.
+        q, k, v = apply_linear(x, self.qkv, self.backend, norm).chunk(3, dim=-1)
+        q, k, v = self._split_heads(q), self._split_heads(k), self._split_heads(v)
         dropout_p = self.attn_drop.p if self.training else 0.0
-        y = attention(qkv[0], qkv[1], qkv[2], self.scale, dropout_p, backend=self.backend)
+        y = attention(q, k, v, self.scale, dropout_p, backend=self.backend)
         y = apply_linear(y.transpose(1, 2).flatten(2), self.proj, self.backend)
         if residual is not None:
             return self.se_layer(y, residual, branch_scale)
         return self.proj_drop(self.se_layer(y))
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        """(B, N, C) to (B, heads, N, C / heads)."""
+        return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
 
 
 def head_dim(dim: int, num_heads: int) -> int:

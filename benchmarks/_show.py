@@ -1,0 +1,144 @@
+"""What a comparison looks like: the table on the terminal and the plot beside the result file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+WIDTH = 120  # of the table
+_SAME = ("mode", "precision", "batch_size", "img_size")
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print the table, how to read it, and what failed."""
+    console = Console(highlight=False, markup=False)
+    console.width = max(console.width, WIDTH)  # a narrow terminal wraps lines; it must not cut figures off
+    rows = result["rows"]
+    varied = [name for name in _SAME if len({row[name] for row in rows}) > 1]
+    latency = any(row["batch_size"] == 1 for row in rows)
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table.add_column("model", no_wrap=True)
+    table.add_column("variant")
+    for name in varied:
+        table.add_column({"batch_size": "batch", "img_size": "pixels"}.get(name, name))
+    headings = ["params\n(M)", "MACs\n(G)", "images/s", "ms/batch", *(["p90, p99\n(ms)"] * latency)]
+    for heading in (*headings, "speed", "error", "top-1"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(row["model"], row["variant"] or "-", *(str(row[name]) for name in varied), *_cells(row, latency))
+    console.print(table)
+    console.print()
+    console.print(_conditions(result, varied))
+    console.print(
+        "images/s: median of the rounds ± half the interquartile range. speed: relative to the model's reference, "
+        "or else to the first one; median of the rounds. MACs count the attention products."
+    )
+    limits = sorted({row["tolerance"] for row in rows if row["tolerance"] is not None})
+    if limits:
+        console.print(
+            "error: relative norm of the difference from the reference in float64, same random weights and images, of "
+            f"the logits (of the gradients in training); accepted up to {', '.join(f'{x:.0e}' for x in limits)}."
+        )
+    for row in rows:
+        if row["status"] == "wrong":
+            console.print(
+                f"WRONG: {row['model']} {row['variant']}, {row['mode']} in {row['precision']}: error {_error(row)}, "
+                f"accepted up to {row['tolerance']:.0e}; its speed was not measured.",
+                style="bold red",
+            )
+        elif row["status"] != "ok":
+            console.print(f"{row['model']} {row['variant'] or ''}: {row['status']}")
+
+
+def _conditions(result: dict[str, Any], varied: Sequence[str]) -> str:
+    row, env = result["rows"][0], result["environment"]
+    threads = f", {env['cpu']['torch_threads']} threads" if result["device"] == "cpu" else ""
+    same = {
+        "mode": row["mode"],
+        "precision": row["precision"],
+        "batch_size": f"batches of {row['batch_size']}",
+        "img_size": f"{row['img_size']} x {row['img_size']}",
+    }
+    told = ", ".join(text for name, text in same.items() if name not in varied)
+    rounds = max(len(row["seconds"]) for row in result["rows"])
+    return (
+        f"{result['hardware']}{threads}, torch {env['torch']}, {told}, {result['images']}; rounds: {rounds}, "
+        f"{result['total_seconds']:.0f} s in all."
+    )
+
+
+def _cells(row: dict[str, Any], latency: bool) -> list[str]:
+    macs = row["macs"] / 1e9
+    cells = [f"{row['params'] / 1e6:.1f}", f"{macs:.{1 if macs >= 1 else 2}f}"]
+    if row["seconds"]:
+        digits = 0 if row["images_per_second"] >= 1000 else 1 if row["images_per_second"] >= 10 else 2
+        spread = "" if row["spread"] is None else f" ± {row['spread']:.{digits}f}"
+        cells += [f"{row['images_per_second']:.{digits}f}{spread}", f"{row['ms_per_batch']:.1f}"]
+        cells += [f"{percentile(row, 90):.1f}, {percentile(row, 99):.1f}"] * latency
+        cells.append("-" if row["speed"] is None else f"{row['speed']:.2f}x")
+    else:
+        short = row["status"].partition(":")[0]
+        cells += [short, "-", *(["-"] * latency), "-"]
+    if row["error"] is None and row["status"] != "wrong":
+        return [*cells, "-", "-"]
+    return [*cells, _error(row), "-" if row["top1"] is None else f"{row['top1']:.0%}"]
+
+
+def percentile(row: dict[str, Any], percent: int) -> float:
+    """Milliseconds per batch that ``percent`` of the batches did not exceed."""
+    ordered = sorted(row["seconds"])
+    return 1000 * ordered[min(len(ordered), math.ceil(len(ordered) * percent / 100)) - 1]
+
+
+def _error(row: dict[str, Any]) -> str:
+    return "nan" if row["error"] is None else f"{row['error']:.1e}"
+
+
+def plot(result: dict[str, Any], path: Path) -> list[Path]:
+    """Images per second against MACs, a mark per row, as SVG and PNG beside ``path``; [] without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        return []
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "t2t_fast"
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in result["rows"] if row["seconds"]]
+    if not rows:
+        return []
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for variant in dict.fromkeys(row["variant"] or "timm" for row in rows):
+        mine = [row for row in rows if (row["variant"] or "timm") == variant]
+        x, y = [row["macs"] / 1e9 for row in mine], [row["images_per_second"] for row in mine]
+        axes.scatter(x, y, label=variant, marker="s" if variant == "timm" else "o")
+    for model in dict.fromkeys(row["model"] for row in rows):
+        top = max((row for row in rows if row["model"] == model), key=lambda row: row["images_per_second"])
+        axes.annotate(
+            model,
+            (top["macs"] / 1e9, top["images_per_second"]),
+            textcoords="offset points",
+            xytext=(4, 4),
+            fontsize="x-small",
+        )
+    first = rows[0]
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="multiply-accumulates of an image (G)",
+        ylabel="images per second",
+        title=f"{result['hardware']}, {first['mode']}, {first['precision']}",
+    )
+    axes.grid(which="both", alpha=0.3)
+    axes.legend(fontsize="small")
+    paths = [path.with_suffix(suffix) for suffix in (".svg", ".png")]
+    for target in paths:
+        figure.savefig(target, metadata={"Date": None} if target.suffix == ".svg" else {"Software": None}, dpi=150)
+    plt.close(figure)
+    return paths

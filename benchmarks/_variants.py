@@ -1,0 +1,143 @@
+"""Rows of a comparison: one model, computed in one way, for inference or training, as a step that can be timed."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import _models
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import t2t_fast
+
+BACKENDS = ("auto", "reference", "aten", "triton", "native")
+VARIANTS = (*BACKENDS, "frozen", "compiled", "compiled-reference", "compiled-frozen", "cuda-graph")
+INFERENCE_ONLY = ("frozen", "compiled-frozen", "cuda-graph")
+PRECISIONS = {
+    "float32": (torch.float32, None),
+    "tf32": (torch.float32, None),
+    "bfloat16": (torch.bfloat16, None),
+    "float16": (torch.float16, None),
+    "autocast-bfloat16": (torch.float32, torch.bfloat16),
+    "autocast-float16": (torch.float32, torch.float16),
+}
+
+
+class CannotRun(Exception):
+    """A row that cannot be measured here; the message says why."""
+
+
+@dataclass
+class Row:
+    """One model in one variant; ``variant`` is None for a model that is not ours, as timm has it."""
+
+    model: str
+    variant: str | None
+    mode: str
+    precision: str
+    batch_size: int
+    img_size: int
+    params: int
+    macs: int
+    status: str = "pending"
+    error: float | None = None
+    tolerance: float | None = None
+    top1: float | None = None
+    ops: dict[str, list[str]] = field(default_factory=dict)
+    seconds: list[float] = field(default_factory=list)
+    module: nn.Module | None = None
+    step: Callable[[Tensor], Any] | None = None
+
+    @property
+    def label(self) -> str:
+        return f"{self.model} {self.variant}" if self.variant else self.model
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What tells the row from all others."""
+        return self.model, self.variant, self.mode, self.precision, self.batch_size, self.img_size
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        return PRECISIONS[self.precision][0]
+
+    @property
+    def product_dtype(self) -> torch.dtype:
+        dtype, autocast = PRECISIONS[self.precision]
+        return autocast or dtype
+
+    def drop(self) -> None:
+        """Let go of the model."""
+        self.module = self.step = None
+
+
+def build(row: Row, weights: dict[str, Tensor] | None, device: torch.device, seed: int) -> None:
+    """Make the row's module and its step, a function of a batch of images.
+
+    Raises:
+        CannotRun: The variant is not for this mode or this machine.
+    """
+    variant = row.variant or "auto"
+    if row.mode == "training" and variant in INFERENCE_ONLY:
+        raise CannotRun(f"{variant} is for inference")
+    if row.mode == "training" and row.precision == "float16":
+        raise CannotRun("weights in float16 do not train: take autocast-float16")
+    torch.manual_seed(seed)
+    if _models.is_ours(row.model):
+        backend = "reference" if variant == "compiled-reference" else variant if variant in BACKENDS else "auto"
+        model = _models.create(row.model, row.img_size, backend=backend)
+        if weights is not None:
+            model.load_state_dict(weights)
+    else:
+        model = _models.create(row.model, row.img_size)
+    model = model.to(device, row.weight_dtype)
+    module: Any = model
+    if variant in INFERENCE_ONLY:
+        module = t2t_fast.freeze(model)
+    if variant.startswith("compiled"):
+        module = torch.compile(module)
+    if variant == "cuda-graph":
+        with precision_of(row, device):
+            module = t2t_fast.GraphRunner(module, [row.batch_size])
+        if "nothing to capture" in module.notes[-1]:
+            raise CannotRun(module.notes[-1])
+    row.module = module
+    row.step = _training_step(row, module, device) if row.mode == "training" else _forward(row, module, device)
+
+
+def precision_of(row: Row, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """The context in which the row's precision holds."""
+    autocast = PRECISIONS[row.precision][1]
+    return torch.autocast(device.type, autocast) if autocast else contextlib.nullcontext()
+
+
+def _forward(row: Row, model: nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]:
+    @torch.no_grad()
+    def step(images: Tensor) -> Tensor:
+        with precision_of(row, device):
+            return model(images)
+
+    return step
+
+
+def _training_step(row: Row, model: nn.Module, device: torch.device) -> Callable[[Tensor], None]:
+    """Forward, backward and AdamW's update, for random labels; dropout as the model has it by default."""
+    labels = torch.randint(1000, (row.batch_size,), device=device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=device.type == "cuda")
+    scaler = torch.amp.GradScaler(device.type, enabled=row.precision == "autocast-float16" and device.type == "cuda")
+
+    def step(images: Tensor) -> None:
+        if not model.training:
+            model.train()
+        optimizer.zero_grad(set_to_none=True)
+        with precision_of(row, device):
+            loss = F.cross_entropy(model(images).float(), labels[: len(images)])
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+    return step
