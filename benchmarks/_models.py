@@ -13,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import t2t_fast
-from t2t_fast.macs import count_macs
+from t2t_fast.macs import Macs, count_macs
 
 # The ViT-S/16 that the paper compares with: timm's at that time, 768 channels in 8 layers; today's has DeiT-S's size.
 PAPER_VIT_SMALL = "vit_small_patch16_224_of_the_paper"
@@ -85,18 +85,17 @@ def create(name: str, img_size: int, **kwargs: Any) -> nn.Module:
         raise UsageError(f"--img-size: got {img_size}, which {name} does not take: {error}") from error
 
 
-def cost_of(name: str, img_size: int) -> tuple[int, int]:
-    """Parameters, and multiply-accumulates of one image.
+def count(name: str, img_size: int) -> Macs:
+    """Parameters, multiply-accumulates and activations of one image.
 
     Raises:
         UsageError: The model does not take images of that size.
     """
     try:
         with torch.device("meta"):
-            cost = count_macs(create(name, img_size), img_size)
+            return count_macs(create(name, img_size), img_size)
     except (AssertionError, ValueError) as error:
         raise UsageError(f"--img-size: got {img_size}, which {name} does not take: {error}") from error
-    return cost.params, cost.macs
 
 
 def random_weights(name: str, img_size: int, seed: int) -> dict[str, Tensor]:

@@ -257,9 +257,9 @@ def make_rows(
     compiled: list[str | None] = ["compiled"] if "compiled" in variants else []
     rows = []
     for name in models:
-        params, macs = _models.cost_of(name, img_size)
+        cost = _models.count(name, img_size)
         for variant in variants if _models.is_ours(name) else [None, *compiled]:
-            rows.append(Row(name, variant, mode, precision, 1, img_size, params, macs))
+            rows.append(Row(name, variant, mode, precision, 1, img_size, cost.params, cost.macs))
     return rows
 
 

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from .checks import as_pair
 from .dispatch import use_backend
 from .models import T2TViT
+from .models.variants import VARIANTS
 
 
 @dataclass(frozen=True)
@@ -26,11 +28,13 @@ class Macs:
     Attributes:
         params: Parameters, fixed ones included.
         macs: Multiply-accumulates of one forward pass of one image.
+        activations: Values that the products and convolutions among them write.
         by_module: Module name to the multiply-accumulates spent in it and its children.
     """
 
     params: int
     macs: int
+    activations: int = 0
     by_module: dict[str, int] = field(default_factory=dict, repr=False)
 
 
@@ -69,7 +73,7 @@ def count_macs(model: nn.Module, image_size: int | Sequence[int] | None = None, 
             twin.set_input_size(size)
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         image = torch.empty(1, channels, *size, dtype=dtype, device="cpu")
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False) as counter, _ActivationCounter(counter) as activations:
             twin(image)
     root = type(twin).__name__ + "."
     by_module = {
@@ -77,7 +81,35 @@ def count_macs(model: nn.Module, image_size: int | Sequence[int] | None = None, 
         for name, flops in counter.get_flop_counts().items()
         if name.startswith(root)
     }
-    return Macs(sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2, by_module)
+    params = sum(p.numel() for p in model.parameters())
+    return Macs(params, counter.get_total_flops() // 2, activations.count, by_module)
+
+
+# The paper's one figure at another size than 224 px: Table 2, T2T-ViT-14 at 384.
+_PUBLISHED_384 = {"t2t_vit_14": (21.5, 17.1)}
+
+
+def published(name: str, size: tuple[int, int]) -> tuple[float | None, float | None]:
+    """The paper's (millions of parameters, billions of MACs) of one of its models at that image size, or None."""
+    architecture = name.partition(".")[0]
+    variant = VARIANTS.get(architecture)
+    if size == (224, 224) and variant is not None and variant.published is not None:
+        return variant.published.params_m, variant.published.macs_g
+    return _PUBLISHED_384.get(architecture, (None, None)) if size == (384, 384) else (None, None)
+
+
+class _ActivationCounter(TorchDispatchMode):
+    """Counts the values that the operations which ``flops`` counts return."""
+
+    def __init__(self, flops: FlopCounterMode) -> None:
+        super().__init__()
+        self.registry, self.count = flops.flop_registry, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func._overloadpacket in self.registry:
+            self.count += sum(t.numel() for t in (out if isinstance(out, tuple) else (out,)) if isinstance(t, Tensor))
+        return out
 
 
 def _own_image_size(model: nn.Module) -> tuple[int, int] | None:

@@ -12,13 +12,9 @@ import torch
 from rich.progress import Progress
 from rich.table import Table
 
-from ..macs import count_macs
+from ..macs import count_macs, published
 from ..models import list_models
-from ..models.variants import VARIANTS
 from .common import PROG, UsageError, add_command, error_console, image_size, output_console, pixels, write_json
-
-# The paper's one figure at another size than 224 px: Table 2, T2T-ViT-14 at 384.
-_PUBLISHED_384 = {"t2t_vit_14": (21.5, 17.1)}
 
 
 def add_parser(subparsers: Any) -> None:
@@ -54,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
         for name in progress.track(names, description="counting"):
             try:
-                rows.append(_measure(name, size))
+                rows.append(measure(name, size))
             except (AssertionError, RuntimeError, TypeError, ValueError) as error:
                 # A size that the model cannot take, or a model of something else than images.
                 reason = next(iter(str(error).splitlines()), "")
@@ -62,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         write_json(rows)
     elif rows:
-        output_console().print(_table(rows))
+        output_console().print(table_of(rows))
     return 0 if len(rows) == len(names) else 1 if rows else 2
 
 
@@ -77,17 +73,19 @@ def _resolve_names(patterns: list[str]) -> list[str]:
     return list(names)
 
 
-def _measure(name: str, size: tuple[int, int] | None) -> dict[str, Any]:
+def measure(name: str, size: tuple[int, int] | None) -> dict[str, Any]:
+    """Parameters, multiply-accumulates and activations of a model at ``size`` or its own, beside the paper's."""
     with torch.device("meta"):
         model: Any = timm.create_model(name)
     size = size or getattr(model, "img_size", None) or tuple(model.pretrained_cfg["input_size"][1:])
     macs = count_macs(model, size)
-    params_m, macs_g = _published(name, size)
+    params_m, macs_g = published(name, size)
     return {
         "name": name,
         "image_size": list(size),
         "params": macs.params,
         "macs": macs.macs,
+        "activations": macs.activations,
         "published_params_m": params_m,
         "published_macs_g": macs_g,
         "params_deviation_percent": _deviation(macs.params / 1e6, params_m),
@@ -95,23 +93,15 @@ def _measure(name: str, size: tuple[int, int] | None) -> dict[str, Any]:
     }
 
 
-def _published(name: str, size: tuple[int, int]) -> tuple[float | None, float | None]:
-    """The paper's (millions of parameters, billions of MACs) at that image size."""
-    architecture = name.partition(".")[0]
-    variant = VARIANTS.get(architecture)
-    if size == (224, 224) and variant is not None and variant.published is not None:
-        return variant.published.params_m, variant.published.macs_g
-    return _PUBLISHED_384.get(architecture, (None, None)) if size == (384, 384) else (None, None)
-
-
 def _deviation(measured: float, published: float | None) -> float | None:
     return None if published is None else round(100 * (measured / published - 1), 2)
 
 
-def _table(rows: list[dict[str, Any]]) -> Table:
+def table_of(rows: list[dict[str, Any]]) -> Table:
+    """For people, a line each."""
     table = Table()
     table.add_column("model")
-    for heading in ("pixels", "params M", "paper", "±%", "MACs G", "paper", "±%"):
+    for heading in ("pixels", "params M", "paper", "±%", "MACs G", "paper", "±%", "activations M"):
         table.add_column(heading, justify="right")
     for row in rows:
         height, width = row["image_size"]
@@ -124,6 +114,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
             f"{row['macs'] / 1e9:.3f}",
             _cell(row["published_macs_g"], ".1f"),
             _cell(row["macs_deviation_percent"], "+.1f"),
+            f"{row['activations'] / 1e6:.1f}",
         )
     return table
 
