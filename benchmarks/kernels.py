@@ -1,200 +1,200 @@
-"""The soft splits and Performer stages of a model: work, floor, and where there is a GPU the time taken.
+"""Every op as T2T-ViT-14 uses it: work, floor, and the time of each implementation over that floor.
 
-    python benchmarks/kernels.py                                    # those of t2t_vit_14, batch 128, bfloat16
-    python benchmarks/kernels.py --batch-size 32 --dtype float16 --output benchmarks/results
+    python benchmarks/kernels.py                                    # batch 128, bfloat16 on a GPU; 4, float32 on a CPU
+    python benchmarks/kernels.py --ops soft_split_linear mlp --dtype float16 --output benchmarks/results
 
-The floor is the time that the bytes (each read or written once) or the operations take at the GPU's own rates: those of
-a large copy and a large matrix product measured in the same run. Without a GPU the table holds the work alone.
-A row whose result is wrong prints its error in place of a time, and the exit status is 1.
+The floor is the time that the bytes (each read or written once) or the operations take at the device's own rates: those
+of a large copy and a large matrix product measured in the same run. `aten` is the library's own best: cuDNN's
+convolution for the soft splits, scaled_dot_product_attention for attention, cuBLAS or oneDNN for products. A result or
+gradient that is wrong prints its error in place of a time, and the exit status is 1. The file grows row by row.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import datetime
-import platform
+import shlex
+import statistics
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-from _common import OneLineParser, UsageError, positive_int, result_path, write_json
+from _common import OneLineParser, UsageError, positive_int, positive_seconds, result_path, write_json
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from torch import Tensor
 
-from t2t_fast import ops
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # an uninstalled checkout; an installed package comes first
+
+import torch
+from _cases import CASES, TOLERANCES, Case, runners, step, tensors_of
+from _measure import device_name, select_device
+
+import t2t_fast
 from t2t_fast.env import collect_env
-from t2t_fast.kernels import costs
-from t2t_fast.kernels.windows import make_view, make_window
-
-# Channels, side, kernel, stride, padding, out, as tokens, with a LayerNorm, with the Performer layer behind.
-USES = {
-    "image to 192": (3, 224, 7, 4, 2, 192, False, True, False),
-    "tokens to 192": (64, 56, 3, 2, 1, 192, True, True, False),
-    "tokens to 384": (64, 28, 3, 2, 1, 384, True, False, False),
-    "image, whole stage": (3, 224, 7, 4, 2, 192, False, True, True),
-    "tokens, whole stage": (64, 56, 3, 2, 1, 192, True, True, True),
-}
-# Relative norm of the worst among tokens and gradients: a wide mesh, what is wrong is off by far more.
-TOLERANCE = {"float16": 1e-2, "bfloat16": 8e-2, "float32": 2e-3}
 
 
-def ceilings(dtype: torch.dtype) -> tuple[float, float]:
+def median_seconds(function: Callable[[], Any], device: torch.device, least: int = 5) -> float:
+    """Of one call, warm: on CUDA by events with the L2 cache emptied in between, elsewhere by the wall clock."""
+    if device.type == "cuda":
+        from triton.testing import do_bench
+
+        return float(do_bench(function, return_mode="median")) / 1e3
+    times: list[float] = []
+    function()
+    started = time.perf_counter()
+    while len(times) < least or (len(times) < 100 and time.perf_counter() - started < 0.5):
+        before = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - before)
+    return statistics.median(times)
+
+
+def ceilings(dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
     """Bytes per second of a large copy, and operations per second of a large product."""
-    from triton.testing import do_bench
-
-    source = torch.empty(2**28, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    copy = do_bench(lambda: target.copy_(source), return_mode="median")
-    a, b = (torch.randn(8192, 8192, dtype=dtype, device="cuda") for _ in range(2))
-    product = do_bench(lambda: a @ b, return_mode="median")
-    return 2 * source.numel() / copy * 1e3, 2 * 8192**3 / product * 1e3
-
-
-def make_inputs(use: str, batch: int, dtype: torch.dtype, needs_dx: bool) -> tuple[list[Tensor | None], Any]:
-    """Random tensors of a use on the GPU, and the rest of the arguments; a stage has no dropout."""
-    channels, side, kernel, stride, padding, out, as_tokens, norm, stage = USES[use]
-    n = channels * kernel**2
-    shape = (batch, side**2, channels) if as_tokens else (batch, channels, side, side)
-    options: Any = {"dtype": dtype, "device": "cuda"}
-    x = torch.randn(shape, **options).requires_grad_(needs_dx)
-    weights = [torch.randn(out, n, **options) / n**0.5, torch.randn(out, **options)]
-    norms = [1 + 0.1 * torch.randn(n, **options), 0.1 * torch.randn(n, **options)] if norm else [None, None]
-    leaves = [t if t is None else t.requires_grad_() for t in (*weights, *norms)]
-    if stage:
-        dim = out // 3
-        matrices = [torch.randn(dim, dim, **options) / dim**0.5 for _ in range(3)]
-        vectors = [0.1 * torch.randn(dim, **options) for _ in range(5)]
-        vectors[1] += 1  # the LayerNorm's gamma
-        layer = [matrices[0], *vectors[:3], matrices[1], vectors[3], matrices[2], vectors[4]]
-        w = torch.nn.init.orthogonal_(torch.empty(dim // 2, dim, device="cuda")) * (dim // 2) ** 0.5
-        leaves += [w.to(dtype), *(t.requires_grad_() for t in layer)]
-    return [x, *leaves], ((kernel,) * 2, (stride,) * 2, (padding,) * 2, (side, side) if as_tokens else None)
+    size, side = (2**28, 8192) if device.type == "cuda" else (2**26, 1024)
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.ones_like(source)
+    copy = median_seconds(lambda: target.copy_(source), device)
+    a, b = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
+    # Where the plain product is not the library's best, ops.linear is.
+    products = [lambda: a @ b, lambda: t2t_fast.ops.linear(a[None], b, None)]
+    product = min(median_seconds(product, device) for product in products)
+    return 2 * size / copy, 2 * side**3 / product
 
 
-def runners(op: Callable[..., Tensor], geometry: Any) -> dict[str, Callable[..., Tensor]]:
-    """Variant to a function from the tensors of a use to its tokens."""
-
-    def run(backend: str) -> Callable[..., Tensor]:
-        return lambda *tensors: op(*tensors, *geometry, backend=backend)
-
-    compiled = torch.compile(run("reference"), dynamic=False)
-    return {
-        "reference": run("reference"),
-        "reference, compiled": compiled,
-        "aten": run("aten"),
-        "triton": run("triton"),
-    }
-
-
-def with_gradients(function: Callable[..., Tensor], tensors: list[Tensor | None]) -> list[Tensor]:
-    """The tokens, and the gradients of every tensor that wants one for a fixed random gradient of the tokens."""
-    tokens = function(*tensors)
-    generator = torch.Generator("cuda").manual_seed(0)
-    grad = torch.randn(tokens.shape, generator=generator, device="cuda").to(tokens.dtype)
-    return [tokens, *torch.autograd.grad(tokens, [t for t in tensors if t is not None and t.requires_grad], grad)]
-
-
-def measure(use: str, batch: int, dtype: torch.dtype) -> list[dict[str, Any]]:
-    """Forward, and forward with backward, of every variant; the first of training needs no image gradient."""
-    from triton.testing import do_bench
-
+def measure(case: Case, batch: int, dtype: torch.dtype, device: torch.device, compiled: bool) -> list[dict[str, Any]]:
+    """A row per variant: errors against the reference in float64, then forward, and forward with backward."""
+    tensors = tensors_of(case, batch, dtype, device)
+    sample = tensors_of(case, min(batch, 4), dtype, device)
+    exact = [None if t is None else t.detach().double().requires_grad_(t.requires_grad) for t in sample]
+    functions = runners(case)
+    want = step(functions["reference"], exact)
     rows: list[dict[str, Any]] = []
-    tensors, geometry = make_inputs(use, batch, dtype, needs_dx=not use.startswith("image"))
-    exact = [None if t is None else t.detach().double().requires_grad_(t.requires_grad) for t in tensors]
-    variants = runners(ops.soft_split_performer if USES[use][-1] else ops.soft_split_linear, geometry)
-    want = with_gradients(variants["reference"], exact)
-    for variant, function in variants.items():
-        got = with_gradients(function, tensors)
-        errors = [((g.double() - w).norm() / w.norm()).item() for g, w in zip(got, want, strict=True)]
-        row: dict[str, Any] = {"use": use, "variant": variant, "error": torch.tensor(errors).max().item()}
-        # Gradients that cancel are as wrong in the literal form: no worse than twice that. NaN does not pass.
-        literal = 2 * rows[0]["error"] if rows and rows[0]["passed"] else 0.0
-        row["limit"] = max(TOLERANCE[str(dtype).removeprefix("torch.")], literal)
-        row["passed"] = row["error"] < row["limit"]
-        if row["passed"]:
-            with torch.no_grad():
-                row["forward_s"] = do_bench(lambda f=function: f(*tensors), return_mode="median") / 1e3
-            step = lambda f=function: with_gradients(f, tensors)  # noqa: E731
-            row["training_s"] = do_bench(step, return_mode="median") / 1e3
+    for variant, function in functions.items():
+        if variant == "reference, compiled" and not compiled:
+            continue
+        row: dict[str, Any] = {"op": case.op, "use": case.use, "variant": variant, "passed": True, "status": "ok"}
         rows.append(row)
+        try:
+            got = step(function, sample)
+            errors = [((g.double() - w).norm() / w.norm()).item() for g, w in zip(got, want, strict=True)]
+            row["error"] = max(errors, key=lambda error: (error != error, error))  # NaN is the worst
+            # Gradients that cancel are as wrong in the literal form: no worse than twice that. NaN does not pass.
+            literal = 2 * rows[0]["error"] if rows[0]["passed"] and rows[0].get("error") else 0.0
+            row["tolerance"] = max(TOLERANCES[dtype], literal)
+            row["passed"] = row["error"] <= row["tolerance"]
+            if not row["passed"]:
+                row["status"] = f"wrong: {row['error']:.1e}"
+                row["error"] = row["error"] if row["error"] == row["error"] else None
+                continue
+            with torch.no_grad():
+                row["forward_s"] = median_seconds(lambda f=function: f(tensors), device)  # type: ignore[misc]
+            row["training_s"] = median_seconds(lambda f=function: step(f, tensors), device)  # type: ignore[misc]
+        except t2t_fast.BackendUnavailable as error:
+            row["status"] = f"cannot run: {error}"
+        except torch.OutOfMemoryError:
+            row["status"] = "out of memory"
+            torch.cuda.empty_cache()
     return rows
-
-
-def work(use: str, batch: int, itemsize: int) -> dict[str, costs.Cost]:
-    """The least that forward, and forward with backward, have to do."""
-    channels, side, kernel, stride, padding, out, _, norm, stage = USES[use]
-    window = make_window(channels, (kernel,) * 2, (stride,) * 2, (padding,) * 2, False)
-    view = make_view(torch.empty(batch, channels, side, side, device="meta"), window)
-    if stage:
-        dim = out // 3
-        parts = costs.soft_split_performer(batch, window, view, dim, dim // 2, dim, itemsize)
-        backward = parts["backward" if use.startswith("image") else "backward with input"]
-        return {"forward": parts["forward"], "training": parts["forward"] + backward}
-    parts = costs.soft_split_linear(batch, window, view, out, itemsize, norm)
-    training = parts["forward, training"] + parts["backward weight"]
-    return {
-        "forward": parts["forward"],
-        "training": training if use.startswith("image") else training + parts["backward input"],
-    }
 
 
 def table_of(result: dict[str, Any]) -> Table:
     """Work and floor of every use, then each variant's time over the floor."""
-    table = Table("use", "variant", "GFLOP", "MB", "forward", "over floor", "GFLOP", "MB", "training", "over floor")
-    for use, parts in result["work"].items():
+    table = Table(
+        "op", "use", "variant", "GFLOP", "MB", "forward", "over floor", "GFLOP", "MB", "training", "over floor"
+    )
+    for name, parts in result["work"].items():
+        op, _, use = name.partition(", ")
         numbers = [f"{parts[p][key] / scale:.1f}" for p in parts for key, scale in (("flops", 1e9), ("bytes", 1e6))]
-        floor = [f"{parts[p]['floor_s'] * 1e6:.0f} µs" if "floor_s" in parts[p] else "not measured" for p in parts]
-        table.add_row(use, "floor", *numbers[:2], floor[0], "", *numbers[2:], floor[1], "")
-        for row in (row for row in result["rows"] if row["use"] == use):
-            cells = [use, row["variant"]]
+        floor = [duration(parts[p]["floor_s"]) for p in parts]
+        table.add_row(op, use, "floor", *numbers[:2], floor[0], "", *numbers[2:], floor[1], "")
+        for row in (row for row in result["rows"] if (row["op"], row["use"]) == (op, use)):
+            cells = [op, use, row["variant"]]
             for part in parts:
                 seconds = row.get(f"{part}_s")
-                cells += ["", "", f"{seconds * 1e6:.0f} µs" if seconds else f"wrong: {row['error']:.1e}"]
+                cells += ["", "", duration(seconds) if seconds else row["status"].partition(": ")[0]]
                 cells.append(f"{seconds / parts[part]['floor_s']:.2f}" if seconds else "")
             table.add_row(*cells)
     return table
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch-size", type=positive_int, default=128, help="images (default: 128)")
-    parser.add_argument("--dtype", choices=TOLERANCE, default="bfloat16", help="default: bfloat16")
-    parser.add_argument("--output", type=Path, help="result file or folder (default: benchmarks/results/local)")
-    args = parser.parse_args(argv)
-    dtype, date = getattr(torch, args.dtype), datetime.datetime.now()
-    on_gpu = torch.cuda.is_available()
-    device = torch.cuda.get_device_name() if on_gpu else platform.processor() or "cpu"
+def duration(seconds: float) -> str:
+    """In microseconds, or milliseconds where those are many."""
+    return f"{seconds * 1e6:.0f} µs" if seconds < 0.01 else f"{seconds * 1e3:.1f} ms"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and return the exit status: 0, 1 if a result is wrong, 2 if an argument is impossible."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    known = tuple(dict.fromkeys(case.op for case in CASES))
+    parser = OneLineParser(prog="kernels.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--ops", nargs="+", default=list(known), choices=known, metavar="OP", help=f"default: {' '.join(known)}")
+    add("--batch-size", type=positive_int, metavar="N", help="images; default: 128 on CUDA, 4 elsewhere")
+    names = [str(dtype).removeprefix("torch.") for dtype in TOLERANCES]
+    add("--dtype", choices=names, help="default: bfloat16 on CUDA, float32 elsewhere; float32 is TF32 on CUDA")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one")
+    add("--time-budget", type=positive_seconds, metavar="SECONDS", help="start no further use after so long")
+    add("--no-compile", action="store_true", help="leave out the reference under torch.compile")
+    add("--output", type=Path, metavar="JSON", help="file, or a folder for it; default: benchmarks/results/local")
+    options = parser.parse_args(argv)
     try:
-        env = collect_env()
-        path = result_path(args.output, f"kernels-{device}", env, date)
-        result: dict[str, Any] = {"command": sys.argv, "date": date.isoformat(), "environment": env}
-        result["work"] = {
-            use: {part: dataclasses.asdict(cost) for part, cost in work(use, args.batch_size, dtype.itemsize).items()}
-            for use in USES
-        }
-        result["rows"] = []
-        if on_gpu:
-            torch.set_float32_matmul_precision("high")
-            rates = result["bytes_per_second"], result["flops_per_second"] = ceilings(dtype)
-            for parts in result["work"].values():
-                for part in parts.values():
-                    part["floor_s"] = costs.Cost(part["flops"], part["bytes"]).floor(*rates)
-            for use in track(USES, "measuring", console=Console(stderr=True)):
-                result["rows"] += measure(use, args.batch_size, dtype)
-        Console(width=160).print(table_of(result))
-        if on_gpu:
-            write_json(path, result)
-            print(f"written to {path}")
-        else:
-            print("no GPU: nothing was measured, nothing was written")
+        path, result = _measure_all(options, argv)
     except UsageError as error:
-        parser.error(str(error))
+        parser.error(" ".join(str(error).split()))
+    console = Console(highlight=False)
+    console.width = max(console.width, 150)
+    console.print(table_of(result))
+    for row in result["rows"]:
+        if row["status"] != "ok":
+            print(f"{row['op']}, {row['use']}, {row['variant']}: {row['status']}")
+    print(f"results: {path}")
     return 0 if all(row["passed"] for row in result["rows"]) else 1
+
+
+def _measure_all(options: argparse.Namespace, argv: list[str]) -> tuple[Path, dict[str, Any]]:
+    started, date, env = time.perf_counter(), datetime.now().astimezone(), collect_env()
+    device = select_device(options.device)
+    on_gpu = device.type == "cuda"
+    dtype = getattr(torch, options.dtype or ("bfloat16" if on_gpu else "float32"))
+    batch = options.batch_size or (128 if on_gpu else 4)
+    hardware = device_name(device, env)
+    path = result_path(options.output, f"kernels {hardware}", env, date)
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if on_gpu else precision)
+    try:
+        rates = ceilings(dtype, device)
+        result: dict[str, Any] = {
+            "benchmark": "kernels",
+            "date": date.isoformat(timespec="seconds"),
+            "command": shlex.join(["python", "benchmarks/kernels.py", *argv]),
+            "device": device.type,
+            "hardware": hardware,
+            "dtype": str(dtype).removeprefix("torch."),
+            "batch_size": batch,
+            "bytes_per_second": rates[0],
+            "flops_per_second": rates[1],
+            "environment": env,
+            "work": {},
+            "rows": [],
+        }
+        cases = [case for case in CASES if case.op in options.ops]
+        for case in track(cases, "measuring", console=Console(stderr=True), transient=True):
+            if options.time_budget and time.perf_counter() - started > options.time_budget:
+                break
+            work = case.work(batch, dtype.itemsize)
+            result["work"][case.name] = {
+                name: asdict(cost) | {"floor_s": cost.floor(*rates)} for name, cost in work.items()
+            }
+            result["rows"] += measure(case, batch, dtype, device, not options.no_compile)
+            write_json(path, result)
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    return path, result
 
 
 if __name__ == "__main__":

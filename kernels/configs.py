@@ -27,8 +27,8 @@ class Table:
     rows: Mapping[int, Mapping[str, Config | None]]
 
 
-def _config(num_warps: int, num_stages: int, **blocks: int) -> Config:
-    return Config({f"BLOCK_{name.upper()}": size for name, size in blocks.items()}, num_warps, num_stages)
+def _config(num_warps: int, num_stages: int, *, tuned: str | None = None, **blocks: int) -> Config:
+    return Config({f"BLOCK_{name.upper()}": size for name, size in blocks.items()}, num_warps, num_stages, tuned)
 
 
 SOFT_SPLIT_LINEAR_FORWARD = Table(

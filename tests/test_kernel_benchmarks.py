@@ -1,0 +1,89 @@
+"""benchmarks/kernels.py and the pytest-benchmark suite: cases, the gate, the result file, the collection."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import kernels
+
+    monkeypatch.setattr(kernels, "median_seconds", lambda function, device: function() is None or 1e-3)
+    return kernels
+
+
+def test_every_op_has_a_case(kernels: ModuleType) -> None:
+    from t2t_fast import ops
+
+    # token_performer is the second half of soft_split_performer, soft_split a copy.
+    assert {case.op for case in kernels.CASES} == set(ops.__all__) - {"token_performer", "soft_split"}
+
+
+def test_table_and_result_file(kernels: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "kernels.json"
+    arguments = ["--ops", "se_gate", "add_layer_norm", "--batch-size", "1", "--no-compile", "--device", "cpu"]
+    assert kernels.main([*arguments, "--output", str(path)]) == 0
+    result = json.loads(path.read_text())
+    assert list(result["work"]) == ["add_layer_norm, 384", "se_gate, 384"]
+    assert result["work"]["se_gate, 384"]["forward"]["bytes"] == 2 * 197 * 384 * 4
+    timed = {(row["op"], row["variant"]) for row in result["rows"] if "forward_s" in row and "training_s" in row}
+    assert {("se_gate", "reference"), ("se_gate", "aten"), ("add_layer_norm", "aten")} <= timed
+    assert all(row["passed"] and row.get("error", 0) < 1e-5 for row in result["rows"])
+    assert "over floor" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("value", [float("nan"), 2.0])
+def test_a_wrong_result_is_not_timed(
+    kernels: ModuleType, value: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import importlib
+
+    module = importlib.import_module("t2t_fast.ops.se_gate")
+    implementations = tuple(
+        dataclasses.replace(i, run=lambda *args, run=i.run: run(*args) * value) if i.backend == "aten" else i
+        for i in module._OP.implementations
+    )
+    monkeypatch.setattr(module, "_OP", dataclasses.replace(module._OP, implementations=implementations))
+    path = tmp_path / "kernels.json"
+    arguments = ["--ops", "se_gate", "--batch-size", "1", "--no-compile", "--device", "cpu"]
+    assert kernels.main([*arguments, "--output", str(path)]) == 1
+    rows = {row["variant"]: row for row in json.loads(path.read_text())["rows"]}
+    assert rows["aten"]["passed"] is False
+    assert rows["aten"]["status"].startswith("wrong: ")
+    assert "forward_s" not in rows["aten"]
+    assert rows["reference"]["passed"] is True
+
+
+def test_work_is_the_matrix_products(kernels: ModuleType) -> None:
+    """The flops of every case equal those that torch counts for its reference."""
+    from _cases import tensors_of
+    from torch.utils.flop_counter import FlopCounterMode
+
+    for case in kernels.CASES:
+        tensors = tensors_of(case, 1, torch.float32, torch.device("cpu"))
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            case.call("reference", tensors)
+        counted, claimed = counter.get_total_flops(), case.work(1, 4)["forward"].flops
+        assert abs(counted - claimed) <= 0.02 * counted + 2e5, case.name  # the gates' and denominators' are left out
+
+
+def test_the_suites_are_collected_only_when_asked_for() -> None:
+    root = BENCHMARKS.parent
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider"]
+    asked = subprocess.run([*command, "benchmarks"], cwd=root, capture_output=True, text=True)
+    assert "benchmarks/test_ops.py::test_op[" in asked.stdout, asked.stdout + asked.stderr
+    one = ["benchmarks", "-k", "se_gate and forward and aten", "--benchmark-only", "--benchmark-min-rounds=2"]
+    ran = subprocess.run([*command[:3], *one, "-p", "no:cacheprovider"], cwd=root, capture_output=True, text=True)
+    assert "1 passed" in ran.stdout, ran.stdout + ran.stderr
