@@ -1,10 +1,9 @@
-"""What a comparison looks like: the table on the terminal and the plot beside the result file."""
+"""What a comparison looks like on the terminal."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -98,47 +97,3 @@ def percentile(row: dict[str, Any], percent: int) -> float:
 
 def _error(row: dict[str, Any]) -> str:
     return "nan" if row["error"] is None else f"{row['error']:.1e}"
-
-
-def plot(result: dict[str, Any], path: Path) -> list[Path]:
-    """Images per second against MACs, a mark per row, as SVG and PNG beside ``path``; [] without matplotlib."""
-    try:
-        import matplotlib
-    except ImportError:
-        return []
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "t2t_fast"
-    import matplotlib.pyplot as plt
-
-    rows = [row for row in result["rows"] if row["seconds"]]
-    if not rows:
-        return []
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for variant in dict.fromkeys(row["variant"] or "timm" for row in rows):
-        mine = [row for row in rows if (row["variant"] or "timm") == variant]
-        x, y = [row["macs"] / 1e9 for row in mine], [row["images_per_second"] for row in mine]
-        axes.scatter(x, y, label=variant, marker="s" if variant == "timm" else "o")
-    for model in dict.fromkeys(row["model"] for row in rows):
-        top = max((row for row in rows if row["model"] == model), key=lambda row: row["images_per_second"])
-        axes.annotate(
-            model,
-            (top["macs"] / 1e9, top["images_per_second"]),
-            textcoords="offset points",
-            xytext=(4, 4),
-            fontsize="x-small",
-        )
-    first = rows[0]
-    axes.set(
-        xscale="log",
-        yscale="log",
-        xlabel="multiply-accumulates of an image (G)",
-        ylabel="images per second",
-        title=f"{result['hardware']}, {first['mode']}, {first['precision']}",
-    )
-    axes.grid(which="both", alpha=0.3)
-    axes.legend(fontsize="small")
-    paths = [path.with_suffix(suffix) for suffix in (".svg", ".png")]
-    for target in paths:
-        figure.savefig(target, metadata={"Date": None} if target.suffix == ".svg" else {"Software": None}, dpi=150)
-    plt.close(figure)
-    return paths

@@ -119,11 +119,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         result = measure(options, argv, keep)
-        from _show import plot, show
+        from _plots import plot_macs
+        from _show import show
 
         show(result)
         assert path is not None
-        pictures = [] if options.no_plot else plot(result, path)
+        pictures = [] if options.no_plot else plot_macs(result["rows"], result["hardware"], path)
     except UsageError as error:
         print(f"throughput.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -124,6 +124,19 @@ def test_hooks_see_what_the_modules_see(kind: str) -> None:
         torch.testing.assert_close(seen[2][0], seen[1][0])
 
 
+def test_a_replaced_attention_is_called() -> None:
+    block, x = Block(32, 2).eval(), torch.randn(2, 5, 32)
+    block.attn = nn.Linear(32, 32)
+    torch.testing.assert_close(block(x), literal(block, x))
+
+
+def test_a_watched_stochastic_depth_is_called() -> None:
+    block, x, seen = Block(32, 2, drop_path=0.5).eval(), torch.randn(2, 5, 32), list[Tensor]()
+    block.drop_path.register_forward_hook(lambda m, args, y: seen.append(y))
+    block(x)
+    assert len(seen) == 2
+
+
 def test_replaced_norms_are_called() -> None:
     class Doubled(nn.LayerNorm):
         def forward(self, x: Tensor) -> Tensor:

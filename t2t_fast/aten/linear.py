@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
-from ..numerics import is_autocast
+from ..numerics import is_autocast, product_dtype
 from .autograd import is_exporting, is_transformed, may_overwrite, wants_gradient
 
 
@@ -57,12 +57,13 @@ def _has_onednn() -> bool:
 
 
 def why_not_packed(x: Tensor, weight: Tensor) -> str | None:
-    """Why :func:`multiply_packed` cannot be taken; None if it can."""
+    """Why :func:`multiply_packed` cannot be taken, with all in the dtype of the product; None if it can."""
     if x.device.type != "cpu" or weight.device.type != "cpu" or not _has_onednn():
         return "packed weights are for x86 CPUs"
-    if x.dtype != weight.dtype or x.dtype not in (torch.float32, torch.bfloat16):
-        return "packed weights are for float32 and bfloat16, outside autocast"
-    if x.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    dtype = product_dtype(x)
+    if dtype not in (torch.float32, torch.bfloat16) or (x.dtype != weight.dtype and not is_autocast(x)):
+        return "packed weights are for products in float32 and bfloat16"
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return "this CPU has no bfloat16 products"
     if torch.compiler.is_compiling() or is_transformed() or type(x) is not Tensor or x.numel() == 0:
         return "compilers, tracers and empty batches need library operations"

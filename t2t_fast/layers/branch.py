@@ -14,7 +14,7 @@ from .mlp import are_plain, is_watched
 torch.fx.wrap("add_layer_norm")
 
 
-def add_branch(x: Tensor, branch: nn.Module, norm: nn.Module | None, drop_path: nn.Module | None = None) -> Tensor:
+def add_branch(x: Tensor, branch: nn.Module, norm: nn.Module, drop_path: nn.Module | None = None) -> Tensor:
     """``x + drop_path(branch(norm(x)))``; a branch that can adds ``x`` in the last of its own passes.
 
     Not where a forward hook wants to see what the branch alone returns, or ``drop_path`` is a module of another kind.
@@ -36,15 +36,13 @@ def add_two_branches(
         return add_branch(add_branch(x, first, first_norm, drop_path), second, norm, drop_path)
     y, options = _prepare(x, first, first_norm)
     scale = drop_path_scale(drop_path, x)
-    y = first(y, **options)
-    x, y = add_layer_norm(x, y, norm.weight, norm.bias, eps=norm.eps, branch_scale=scale, backend=first.backend)
+    y, backend = first(y, **options), getattr(first, "backend", "auto")
+    x, y = add_layer_norm(x, y, norm.weight, norm.bias, eps=norm.eps, branch_scale=scale, backend=backend)
     return _finish(x, second, drop_path, y, {})
 
 
-def _prepare(x: Tensor, branch: Any, norm: nn.Module | None) -> tuple[Tensor, dict[str, Any]]:
+def _prepare(x: Tensor, branch: Any, norm: nn.Module) -> tuple[Tensor, dict[str, Any]]:
     """What the branch is called with: a branch that can applies a plain norm itself, with its first product."""
-    if norm is None:
-        return x, {}
     if getattr(branch, "takes_norm", False) and are_plain(norm) and not is_watched(branch):
         return x, {"norm": norm}
     return norm(x), {}
@@ -62,7 +60,7 @@ def _adds_residual(branch: nn.Module, drop_path: nn.Module | None) -> bool:
 
 
 def _is_known(drop_path: nn.Module | None) -> bool:
-    return drop_path is None or type(drop_path) in (nn.Identity, DropPath)
+    return drop_path is None or (type(drop_path) in (nn.Identity, DropPath) and not is_watched(drop_path))
 
 
 def drop_path_scale(drop_path: nn.Module | None, x: Tensor) -> Tensor | None:

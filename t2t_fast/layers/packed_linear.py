@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..aten.linear import multiply_packed, pack, why_not_packed
+from ..numerics import product_dtype
 from ..ops import layer_norm_linear, linear
 
 
@@ -46,11 +47,14 @@ class PackedLinear(nn.Module):
             return y if x.dim() == 3 else y.squeeze(1)
         if norm is not None:
             x = norm(x)
+        dtype = product_dtype(x)  # autocast's, too
         # Weights may be moved, cast or loaded later.
-        state = (self.weight.data_ptr(), self.weight.dtype, 0 if self.weight.is_inference() else self.weight._version)
+        version = 0 if self.weight.is_inference() else self.weight._version
+        state = (self.weight.data_ptr(), self.weight.dtype, version, dtype)
         if self._packed is None or self._packed[0] != state:
-            self._packed = state, pack(self.weight)
-        return multiply_packed(x, self._packed[1], self.bias, self.gelu)
+            self._packed = state, pack(self.weight.to(dtype))
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return multiply_packed(x.to(dtype), self._packed[1], bias, self.gelu)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_packed": None}  # copies and pickles rearrange anew

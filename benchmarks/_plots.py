@@ -1,0 +1,117 @@
+"""Pictures of results, as SVG and PNG that come out the same from the same figures; none without matplotlib."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+@contextlib.contextmanager
+def _figure(path: Path, written: list[Path], **labels: Any) -> Iterator[Any]:
+    """Axes to draw on; saved beside ``path`` afterwards. The names are added to ``written``."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    with matplotlib.rc_context({"svg.hashsalt": "t2t_fast", "svg.fonttype": "none"}):
+        figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+        yield axes
+        axes.set(**labels)
+        axes.grid(which="both", alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize="small")
+        for suffix, metadata in ((".svg", {"Date": None}), (".png", {"Software": None})):
+            figure.savefig(path.with_suffix(suffix), metadata=metadata, dpi=150)
+            written.append(path.with_suffix(suffix))
+        plt.close(figure)
+
+
+def _has_matplotlib() -> bool:
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def _scatter(axes: Any, rows: Sequence[Row], x: dict[str, float]) -> None:
+    """Images per second over ``x`` by model; a mark per variant, the model's name at its fastest."""
+    for variant in dict.fromkeys(row["variant"] or "timm" for row in rows):
+        mine = [row for row in rows if (row["variant"] or "timm") == variant]
+        marker = "s" if variant == "timm" else "o"
+        axes.scatter(
+            [x[r["model"]] for r in mine], [r["images_per_second"] for r in mine], label=variant, marker=marker
+        )
+    for model in dict.fromkeys(row["model"] for row in rows):
+        top = max((row["images_per_second"] for row in rows if row["model"] == model), default=0)
+        axes.annotate(model, (x[model], top), textcoords="offset points", xytext=(4, 4), fontsize="x-small")
+
+
+def _timed(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if row.get("seconds")]
+
+
+def plot_macs(rows: Sequence[Row], title: str, path: Path) -> list[Path]:
+    """Images per second against multiply-accumulates; the files written."""
+    rows, written = _timed(rows), list[Path]()
+    if rows and _has_matplotlib():
+        x = {row["model"]: row["macs"] / 1e9 for row in rows}
+        labels = {"xlabel": "multiply-accumulates of an image (G)", "ylabel": "images per second", "title": title}
+        with _figure(path, written, xscale="log", yscale="log", **labels) as axes:
+            _scatter(axes, rows, x)
+    return written
+
+
+def plot_top1(rows: Sequence[Row], top1: dict[str, float], title: str, path: Path) -> list[Path]:
+    """Images per second against the paper's top-1, of the models that it has one for, if they are three or more."""
+    rows, written = [row for row in _timed(rows) if row["model"] in top1], list[Path]()
+    if len({row["model"] for row in rows}) >= 3 and _has_matplotlib():
+        labels = {"xlabel": "top-1 on ImageNet, as published (%)", "ylabel": "images per second", "title": title}
+        with _figure(path, written, yscale="log", **labels) as axes:
+            _scatter(axes, rows, top1)
+    return written
+
+
+def plot_batches(rows: Sequence[Row], title: str, path: Path) -> list[Path]:
+    """Images per second against the batch, of what was measured with three batches or more."""
+    lines: dict[str, dict[int, float]] = {}
+    for row in _timed(rows):
+        name = f"{row['model']} {row['variant'] or ''}".strip()
+        lines.setdefault(name, {})[row["batch_size"]] = row["images_per_second"]
+    lines, written = {name: line for name, line in lines.items() if len(line) >= 3}, list[Path]()
+    if lines and _has_matplotlib():
+        labels = {"xlabel": "batch", "ylabel": "images per second", "title": title}
+        with _figure(path, written, xscale="log", yscale="log", **labels) as axes:
+            for name, line in lines.items():
+                axes.plot(sorted(line), [line[batch] for batch in sorted(line)], marker="o", label=name)
+    return written
+
+
+def plot_roofline(result: dict[str, Any], path: Path) -> list[Path]:
+    """Operations per second of every kernel over its operations per byte, under the device's two ceilings."""
+    written: list[Path] = []
+    points = [
+        (work["flops"] / work["bytes"], work["flops"] / row["forward_s"], row)
+        for row in result["rows"]
+        if "forward_s" in row and (work := result["work"][f"{row['op']}, {row['use']}"]["forward"])["flops"]
+    ]
+    if not points or not _has_matplotlib():
+        return written
+    title = f"{result['hardware']}, {result['dtype']}, forward"
+    labels = {"xlabel": "operations per byte", "ylabel": "operations per second", "title": title}
+    with _figure(path, written, xscale="log", yscale="log", **labels) as axes:
+        ends = [min(p[0] for p in points) / 2, max(p[0] for p in points) * 2]
+        ridge = result["flops_per_second"] / result["bytes_per_second"]
+        xs = sorted({*ends, min(max(ridge, ends[0]), ends[1])})
+        axes.plot(
+            xs, [min(x * result["bytes_per_second"], result["flops_per_second"]) for x in xs], "k-", label="floor"
+        )
+        for variant in dict.fromkeys(row["variant"] for _, _, row in points):
+            mine = [(x, y) for x, y, row in points if row["variant"] == variant]
+            axes.scatter(*zip(*mine, strict=True), label=variant)
+    return written

@@ -1,0 +1,138 @@
+"""Markdown tables from result files of every kind and age."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+Result = dict[str, Any]
+Row = dict[str, Any]
+
+
+def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table whose first column is text."""
+    lines = [f"| {' | '.join(headings)} |", f"|{'---|' * len(headings)}"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def normalised(result: Result) -> list[Row]:
+    """The rows of a throughput file in today's format: older ones have a backend, and what all rows share once."""
+    shared = {"mode": "inference", "precision": result.get("dtype"), "status": "ok"}
+    shared |= {name: result.get(name) for name in ("batch_size", "img_size")}
+    return [{**shared, **row, "variant": row.get("variant", row.get("backend"))} for row in result["rows"]]
+
+
+def rate(value: float) -> str:
+    """Images per second with three digits."""
+    return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}"
+
+
+def megabytes(value: float) -> str:
+    return f"{value / 1e6:.0f}"
+
+
+def throughput(result: Result) -> str:
+    """One table for each mode, precision, batch and image size."""
+    kinds: dict[tuple[Any, ...], list[Row]] = {}
+    for row in normalised(result):
+        kinds.setdefault((row["mode"], row["precision"], row["batch_size"], row["img_size"]), []).append(row)
+    parts = []
+    for (mode, precision, batch, size), rows in kinds.items():
+        latency = batch == 1
+        headings = ["model", "variant", "MACs (G)", "images/s", "speed", *(["p50, p90, p99 (ms)"] * latency), "error"]
+        body = []
+        for row in rows:
+            cells = [row["model"], row["variant"] or "timm", f"{row['macs'] / 1e9:.1f}"]
+            if row["seconds"]:
+                spread = "" if row["spread"] is None else f" ± {100 * row['spread'] / row['images_per_second']:.1f}%"
+                speed = "" if row["speed"] is None else f"{row['speed']:.2f}x"
+                cells += [f"{rate(row['images_per_second'])}{spread}", speed]
+                cells += [", ".join(f"{1000 * quantile(row['seconds'], q):.1f}" for q in (50, 90, 99))] * latency
+            else:
+                cells += [row["status"], "", *([""] * latency)]
+            body.append([*cells, "" if row["error"] is None else f"{row['error']:.0e}"])
+        images = "batches of 1" if latency else f"batches of {batch}"
+        parts.append(f"{mode.capitalize()}, {precision}, {images}, {size} px:\n\n{markdown(headings, body)}")
+    return "\n\n".join(parts)
+
+
+def quantile(values: Sequence[float], percent: int) -> float:
+    """The value that ``percent`` of ``values`` do not exceed."""
+    return sorted(values)[max(0, math.ceil(len(values) * percent / 100) - 1)]
+
+
+def tokens_to_token(result: Result) -> str:
+    body = [
+        [r["model"], r["part"], *(f"{1e3 * r['median_s'][b]:.0f}" for b in ("reference", "auto")), f"{r['ratio']:.2f}x"]
+        for r in result["rows"]
+    ]
+    title = f"Tokens-to-token module, {result['dtype']}, {result['batch_size']} images of {result['img_size']} px:"
+    return f"{title}\n\n{markdown(['model', 'part', 'reference (ms)', 'auto (ms)', 'ratio'], body)}"
+
+
+def se_mlp(result: Result) -> str:
+    body = []
+    for row in result["rows"]:
+        shape = "x".join(map(str, row["shape"])) if isinstance(row["shape"], list) else str(row["shape"])
+        ratios = [f"{row[name]:.2f}x" for name in ("to_reference", "to_aten")]
+        body.append([shape, row["dtype"], row["part"], row["allocator"], *ratios])
+    headings = ["images x tokens x channels, hidden", "dtype", "part", "allocator", "over reference", "over aten"]
+    return f"Squeeze-and-excitation, the extension:\n\n{markdown(headings, body)}"
+
+
+def memory(result: Result) -> str:
+    names = ("inference", "forward", "kept", "backward", "update", "largest_inference", "largest_training")
+    body = [
+        [r["model"], r["variant"], *(megabytes(r[name]) if name in r else r["status"] for name in names)]
+        for r in result["rows"]
+    ]
+    first = result["rows"][0]
+    title = f"Memory (MB), {first['precision']}, {first['batch_size']} images of {first['img_size']} px:"
+    headings = ["model", "variant", "inference", "forward", "kept for backward", "backward", "update"]
+    return f"{title}\n\n{markdown([*headings, 'largest tensor, inference', 'training'], body)}"
+
+
+def macs(result: Result) -> str:
+    def paper(row: Row, name: str) -> str:
+        value = row[f"published_{name}"]
+        return "" if value is None else f"{value:.1f}"
+
+    body = []
+    for row in result["rows"]:
+        deviation = row["macs_deviation_percent"]
+        told = (
+            ""
+            if deviation is None
+            else f"{deviation:+.1f}%" + (" (rounds to it)" if row["rounds_to_published"] else "")
+        )
+        cells = [f"{row['params'] / 1e6:.1f}", paper(row, "params_m"), f"{row['macs'] / 1e9:.2f}", paper(row, "macs_g")]
+        body.append([row["name"], *cells, told, f"{row['activations'] / 1e6:.1f}"])
+    headings = ["model", "params (M)", "paper", "MACs (G)", "paper", "deviation", "activations (M)"]
+    return f"Work per image of {result['rows'][0]['image_size'][0]} px:\n\n{markdown(headings, body)}"
+
+
+def kernels(result: Result) -> str:
+    variants = [v for v in ("reference", "reference, compiled", "aten", "triton", "native")
+                if any(r["variant"] == v and "forward_s" in r for r in result["rows"])]  # fmt: skip
+    body = []
+    for name, work in result["work"].items():
+        rows = {r["variant"]: r for r in result["rows"] if f"{r['op']}, {r['use']}" == name}
+        for part in ("forward", "training"):
+            floor = work[part]["floor_s"]
+            cells = [
+                f"{rows[v][f'{part}_s'] / floor:.1f}" if v in rows and f"{part}_s" in rows[v] else "" for v in variants
+            ]
+            body.append([name, part, f"{1e3 * floor:.2f}", *cells])
+    title = f"Ops, times their floor, {result['dtype']}, batches of {result['batch_size']}:"
+    return f"{title}\n\n{markdown(['op', 'part', 'floor (ms)', *variants], body)}"
+
+
+KINDS = {
+    "throughput": throughput,
+    "tokens_to_token": tokens_to_token,
+    "se_mlp": se_mlp,
+    "memory": memory,
+    "macs": macs,
+    "kernels": kernels,
+}

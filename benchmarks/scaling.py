@@ -1,0 +1,165 @@
+"""What training on ImageNet-1k would take on 8, 64 and 512 GPUs, computed: operations, bytes and collectives.
+
+    python benchmarks/scaling.py                                   # the tables of docs/scaling.md
+    python benchmarks/scaling.py --images-per-second 2400          # with a measured speed of one GPU
+    python benchmarks/scaling.py --write                           # rewrites docs/scaling.md
+
+Data parallel training: every GPU computes forward and backward of its share of the batch, gradients are averaged by a
+ring all-reduce within and between nodes, which overlaps with backward. Nothing here is measured; the assumptions are
+arguments, and the page tells them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from _common import OneLineParser, positive_int, positive_seconds
+from _tables import markdown
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))  # an uninstalled checkout; an installed package comes first
+PAGE = ROOT / "docs" / "scaling.md"
+MODELS = ("t2t_vit_14", "t2t_vit_19", "t2t_vit_24")
+GPUS = (8, 64, 512)
+IMAGES, EPOCHS = 1_281_167, 310  # ImageNet-1k's training set; the official schedule, 300 epochs and 10 of cool-down
+_WORK = ("model", "params (M)", "forward (GFLOP per image)", "training (EFLOP in all)", "gradients (MB)")
+_STEP = (
+    "model",
+    "GPUs",
+    "batch",
+    "arithmetic (ms)",
+    "all-reduce (ms)",
+    "not hidden (ms)",
+    "efficiency",
+    "images/s",
+    "hours for 310 epochs",
+)
+MARKER = re.compile(r"(<!-- computed -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What is assumed of the hardware.
+
+    Attributes:
+        flops: Operations per second of large 16-bit products on one GPU.
+        efficiency: The part of them that a training step reaches.
+        node: GPUs in a node.
+        link: Bytes per second that a GPU sends to its neighbour in the node.
+        network: Bytes per second that a node sends to another, for each of its GPUs.
+        latency: Seconds of one step of a ring.
+        overlap: The part of the all-reduce that backward hides, at most.
+    """
+
+    flops: float
+    efficiency: float
+    node: int
+    link: float
+    network: float
+    latency: float
+    overlap: float
+
+
+@dataclass(frozen=True)
+class Step:
+    """One training step: seconds of arithmetic, of the all-reduce, and of what backward does not hide of that."""
+
+    compute: float
+    all_reduce: float
+    exposed: float
+
+    @property
+    def seconds(self) -> float:
+        return self.compute + self.exposed
+
+
+def all_reduce(size: float, gpus: int, machine: Machine) -> float:
+    """Seconds of a ring all-reduce of ``size`` bytes: 2 (n - 1) / n of them over the slowest link, 2 (n - 1) latencies.
+
+    Across nodes it is hierarchical: rings within the nodes, then one ring between nodes on each GPU's share.
+    """
+    inside = min(gpus, machine.node)
+    seconds = 2 * (inside - 1) / inside * size / machine.link + 2 * (inside - 1) * machine.latency
+    nodes = gpus // inside
+    if nodes > 1:
+        share = size / inside
+        seconds += 2 * (nodes - 1) / nodes * share / machine.network + 2 * (nodes - 1) * machine.latency
+    return seconds
+
+
+def step(params: int, macs: int, batch: int, gpus: int, machine: Machine, images_per_second: float | None) -> Step:
+    """Of ``batch`` images per GPU; backward has twice forward's products, gradients are float32."""
+    forward_and_backward = 3 * 2 * macs
+    speed = images_per_second or machine.flops * machine.efficiency / forward_and_backward
+    compute = batch / speed
+    reduction = all_reduce(4 * params, gpus, machine)
+    hidden = min(machine.overlap * reduction, compute * 2 / 3)  # backward is two thirds of the step
+    return Step(compute, reduction, reduction - hidden)
+
+
+def tables(machine: Machine, batch: int, images_per_second: float | None) -> str:
+    """Markdown: the work of each model, then each number of GPUs."""
+    import timm
+    import torch
+
+    from t2t_fast.macs import count_macs
+
+    lines = [
+        "| model | params (M) | forward (GFLOP per image) | training (EFLOP in all) | gradients (MB) |",
+        "|---|---|---|---|---|",
+    ]
+    rows = []
+    for name in MODELS:
+        with torch.device("meta"):
+            cost = count_macs(timm.create_model(name))
+        total = 6 * cost.macs * IMAGES * EPOCHS
+        cells = (f"{cost.params / 1e6:.1f}", f"{2 * cost.macs / 1e9:.1f}", f"{total / 1e18:.1f}")
+        work.append((name, *cells, f"{4 * cost.params / 1e6:.0f}"))
+        for gpus in GPUS:
+            s = step(cost.params, cost.macs, batch, gpus, machine, images_per_second)
+            hours = EPOCHS * IMAGES / (gpus * batch) * s.seconds / 3600
+            speed = gpus * batch / s.seconds
+            times = (f"{1e3 * s.compute:.1f}", f"{1e3 * s.all_reduce:.2f}", f"{1e3 * s.exposed:.2f}")
+            efficiency = f"{100 * s.compute / s.seconds:.1f}%"
+            rows.append((name, str(gpus), str(gpus * batch), *times, efficiency, f"{speed:.0f}", f"{hours:.1f}"))
+    return "\n\n".join((markdown(_WORK, work), markdown(_STEP, rows)))
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = OneLineParser(prog="scaling.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--batch-size", type=positive_int, default=128, metavar="N", help="images per GPU; default: 128")
+    add("--images-per-second", type=positive_seconds, metavar="RATE", help="of one GPU in training, measured")
+    add("--flops", type=positive_seconds, default=989e12, help="default: 989e12, an H100 SXM's dense bfloat16")
+    add(
+        "--efficiency", type=positive_seconds, default=0.25, help="of those, in a training step; default: 0.25, a guess"
+    )
+    add("--node", type=positive_int, default=8, metavar="N", help="GPUs in a node; default: 8")
+    add("--link", type=positive_seconds, default=450e9, help="bytes/s; default: 450e9, NVLink 4 in one direction")
+    add("--network", type=positive_seconds, default=50e9, help="bytes/s per GPU; default: 50e9, 400 Gbit/s")
+    add("--latency", type=positive_seconds, default=5e-6, help="seconds of a ring's step; default: 5e-6, a guess")
+    add("--overlap", type=positive_seconds, default=0.9, help="hidden part of the all-reduce; default: 0.9, a guess")
+    add("--write", action="store_true", help="rewrite docs/scaling.md")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print or write the tables; the exit status is 0, or 2 if an argument is impossible."""
+    options = parse(sys.argv[1:] if argv is None else argv)
+    names = ("flops", "efficiency", "node", "link", "network", "latency", "overlap")
+    machine = Machine(**{name: getattr(options, name) for name in names})
+    text = tables(machine, options.batch_size, options.images_per_second)
+    if options.write:
+        PAGE.write_text(MARKER.sub(lambda match: f"{match[1]}\n{text}\n\n{match[2]}", PAGE.read_text()))
+    else:
+        print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+"""benchmarks/scaling.py: the cost model against counts by hand, and the page against the script."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def scaling(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import scaling
+
+    return scaling
+
+
+def machine(scaling: ModuleType, **changes: Any) -> Any:
+    given = {"flops": 1e15, "efficiency": 0.5, "node": 8, "link": 1e11, "network": 1e10, "latency": 0.0, "overlap": 0.0}
+    return scaling.Machine(**{**given, **changes})
+
+
+def test_all_reduce(scaling: ModuleType) -> None:
+    size = 8e8
+    assert scaling.all_reduce(size, 1, machine(scaling)) == 0
+    assert scaling.all_reduce(size, 8, machine(scaling)) == pytest.approx(2 * 7 / 8 * 8e8 / 1e11)
+    inside = scaling.all_reduce(size, 8, machine(scaling))
+    assert scaling.all_reduce(size, 16, machine(scaling)) == pytest.approx(inside + 2 * 1 / 2 * 1e8 / 1e10)
+    assert scaling.all_reduce(0, 64, machine(scaling, latency=1e-6)) == pytest.approx((2 * 7 + 2 * 7) * 1e-6)
+
+
+def test_a_step(scaling: ModuleType) -> None:
+    step = scaling.step(10**7, 10**9, 100, 8, machine(scaling), None)
+    assert step.compute == pytest.approx(100 * 6e9 / 5e14)
+    assert step.exposed == step.all_reduce
+    assert step.seconds == step.compute + step.all_reduce
+    assert scaling.step(10**7, 10**9, 100, 8, machine(scaling), 50.0).compute == 2.0
+    hidden = scaling.step(10**7, 10**9, 100, 8, machine(scaling, overlap=1.0), None)
+    assert hidden.exposed == pytest.approx(max(0.0, hidden.all_reduce - hidden.compute * 2 / 3))
+
+
+def test_the_page_is_what_the_script_computes(scaling: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    assert scaling.main([]) == 0
+    assert capsys.readouterr().out.strip() in (ROOT / "docs" / "scaling.md").read_text()
