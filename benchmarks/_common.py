@@ -7,8 +7,9 @@ import json
 import math
 import os
 import re
+import shlex
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -71,23 +72,39 @@ def result_path(output: Path | None, device: str, env: Mapping[str, Any], date: 
     return path
 
 
+def command_line(script: str, argv: Sequence[str]) -> str:
+    """What measured a result, to be run again; where the result went is no part of it."""
+    kept, arguments = ["python", f"benchmarks/{script}.py"], iter(argv)
+    for argument in arguments:
+        if argument == "--output":
+            next(arguments, None)
+        elif not argument.startswith("--output="):
+            kept.append(argument)
+    return shlex.join(kept)
+
+
 def slug(text: str) -> str:
     """``text`` in lower case, everything but letters, digits and dots as single hyphens."""
     return re.sub(r"[^a-z0-9.]+", "-", re.sub(r"\((r|tm)\)", "", text.lower())).strip("-")
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write ``content`` whole or not at all.
+    """:func:`write_text` of ``content`` as JSON."""
+    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` whole or not at all.
 
     Raises:
         UsageError: The disk refuses.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+        temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
-        raise UsageError(f"--output: {path} could not be written ({error.strerror}); pass another file") from error
+        raise UsageError(f"{path} could not be written ({error.strerror}); pass another path") from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -22,6 +22,9 @@ def _figure(path: Path, written: list[Path], **labels: Any) -> Iterator[Any]:
         figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
         yield axes
         axes.set(**labels)
+        for axis in (axes.xaxis, axes.yaxis):
+            if axis.get_scale() == "log":
+                _plain_ticks(axis)
         axes.grid(which="both", alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize="small")
@@ -29,6 +32,16 @@ def _figure(path: Path, written: list[Path], **labels: Any) -> Iterator[Any]:
             figure.savefig(path.with_suffix(suffix), metadata=metadata, dpi=150)
             written.append(path.with_suffix(suffix))
         plt.close(figure)
+
+
+def _plain_ticks(axis: Any) -> None:
+    """2, 5, 10k in place of powers of ten; as many as the range needs."""
+    from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
+
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 20 * low else (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8)))
+    axis.set_major_formatter(EngFormatter(sep=""))
+    axis.set_minor_locator(NullLocator())
 
 
 def _has_matplotlib() -> bool:
@@ -47,6 +60,7 @@ def _scatter(axes: Any, rows: Sequence[Row], x: dict[str, float]) -> None:
         axes.scatter(
             [x[r["model"]] for r in mine], [r["images_per_second"] for r in mine], label=variant, marker=marker
         )
+    axes.margins(x=0.15)  # room for names
     for model in dict.fromkeys(row["model"] for row in rows):
         top = max((row["images_per_second"] for row in rows if row["model"] == model), default=0)
         axes.annotate(model, (x[model], top), textcoords="offset points", xytext=(4, 4), fontsize="x-small")

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from _common import OneLineParser, UsageError, positive_seconds, write_json
+from _common import OneLineParser, UsageError, positive_seconds, write_json, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 LINES = 95  # of the summary
@@ -229,17 +229,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             seconds = left * stage.share / sum(later.share for later in todo[index:])
             if seconds < 2:
                 results.append({"stage": stage.name, "status": "no time left", "seconds": 0.0, "output": []})
-                continue
-            print(f"[{time.monotonic() - started:5.0f} s] {stage.name}: at most {seconds:.0f} s", flush=True)
-            results.append(run(stage, options.dry_run, out, seconds))
+            else:
+                print(f"[{time.monotonic() - started:5.0f} s] {stage.name}: at most {seconds:.0f} s", flush=True)
+                results.append(run(stage, options.dry_run, out, seconds))
             kept = [{name: r[name] for name in ("stage", "status", "seconds")} for r in results]
             write_json(out / "report.json", {"stages": kept, "environment": _environment()})
-            (out / "summary.txt").write_text("\n".join(summarise(results, out)) + "\n")
+            write_text(out / "summary.txt", "\n".join(summarise(results, out)) + "\n")
     except UsageError as error:
         parser.error(" ".join(str(error).split()))
-    lines = summarise(results, out)
-    (out / "summary.txt").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    print((out / "summary.txt").read_text(), end="")
     return 0 if all(result["status"] == "ok" for result in results) else 1
 
 

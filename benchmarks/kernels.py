@@ -12,7 +12,6 @@ gradient that is wrong prints its error in place of a time, and the exit status 
 from __future__ import annotations
 
 import argparse
-import shlex
 import statistics
 import sys
 import time
@@ -22,7 +21,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from _common import OneLineParser, UsageError, positive_int, positive_seconds, result_path, write_json
+from _common import OneLineParser, UsageError, command_line, positive_int, positive_seconds, result_path, write_json
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -171,7 +170,7 @@ def _measure_all(options: argparse.Namespace, argv: list[str]) -> tuple[Path, di
         result: dict[str, Any] = {
             "benchmark": "kernels",
             "date": date.isoformat(timespec="seconds"),
-            "command": shlex.join(["python", "benchmarks/kernels.py", *argv]),
+            "command": command_line("kernels", argv),
             "device": device.type,
             "hardware": hardware,
             "dtype": str(dtype).removeprefix("torch."),

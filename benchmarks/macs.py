@@ -10,14 +10,13 @@ paper prints one decimal: a deviation below half of its last digit is none.
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from _common import OneLineParser, UsageError, positive_int, result_path, write_json
+from _common import OneLineParser, UsageError, command_line, positive_int, result_path, write_json
 from rich.console import Console
 from rich.progress import track
 
@@ -97,7 +96,7 @@ def save(rows: list[dict[str, Any]], options: argparse.Namespace, argv: list[str
     content = {
         "benchmark": "macs",
         "date": date.isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "benchmarks/macs.py", *argv]),
+        "command": command_line("macs", argv),
         "rows": rows,
         "environment": env,
     }

@@ -12,14 +12,13 @@ what libraries take behind its back (workspaces, the CUDA context) is not in the
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from _common import OneLineParser, UsageError, positive_int, result_path, write_json
+from _common import OneLineParser, UsageError, command_line, positive_int, result_path, write_json
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -166,7 +165,7 @@ def _measure_all(options: argparse.Namespace, argv: list[str]) -> tuple[Path, di
     result: dict[str, Any] = {
         "benchmark": "memory",
         "date": date.isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "benchmarks/memory.py", *argv]),
+        "command": command_line("memory", argv),
         "device": device.type,
         "hardware": hardware,
         "environment": env,

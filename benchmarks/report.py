@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from _common import OneLineParser, UsageError, slug
+from _common import OneLineParser, UsageError, slug, write_text
 from _plots import plot_batches, plot_macs, plot_roofline, plot_top1
 from _tables import KINDS, Result, markdown, normalised, rate
 
@@ -46,7 +46,7 @@ def load(folder: Path) -> list[tuple[Path, Result]]:
     for path in sorted(folder.glob("*.json")):
         try:
             result = json.loads(path.read_text())
-            key = (result["benchmark"], result.get("hardware"), result["command"].partition(" --output")[0])
+            key = (result["benchmark"], result.get("hardware"), result["command"])
             older = newest.get(key)
             if result["benchmark"] in KINDS and (older is None or older[1]["date"] < result["date"]):
                 newest[key] = (path, result)
@@ -89,7 +89,7 @@ def _section(path: Path, result: Result) -> str:
     source = (
         f"[{path.name}](../benchmarks/results/{path.name}): {cpu}torch {env['torch']}, {commit}{result['date'][:10]}"
     )
-    return f"{KINDS[result['benchmark']](result)}\n\n{source}, `{result['command'].partition(' --output')[0]}`."
+    return f"{KINDS[result['benchmark']](result)}\n\n{source}, `{result['command']}`."
 
 
 def _measured(files: Sequence[tuple[Path, Result]]) -> str:
@@ -174,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if (filled := fill(text, generated)) != text:
                 stale.append(name)
                 if not options.check:
-                    (ROOT / name).write_text(filled)
+                    write_text(ROOT / name, filled)
     except UsageError as error:
         parser.error(" ".join(str(error).split()))
     if options.check:

@@ -15,11 +15,15 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from _common import OneLineParser, positive_int, positive_seconds
+from _common import OneLineParser, positive_int, positive_seconds, write_text
 from _tables import markdown
+
+if TYPE_CHECKING:
+    from t2t_fast.macs import Macs
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))  # an uninstalled checkout; an installed package comes first
@@ -27,17 +31,25 @@ PAGE = ROOT / "docs" / "scaling.md"
 MODELS = ("t2t_vit_14", "t2t_vit_19", "t2t_vit_24")
 GPUS = (8, 64, 512)
 IMAGES, EPOCHS = 1_281_167, 310  # ImageNet-1k's training set; the official schedule, 300 epochs and 10 of cool-down
-_WORK = ("model", "params (M)", "forward (GFLOP per image)", "training (EFLOP in all)", "gradients (MB)")
+_WORK = (
+    "model",
+    "params (M)",
+    "forward (GFLOP per image)",
+    "training (EFLOP in all)",
+    "traffic (MB per image)",
+    "gradients (MB)",
+)
 _STEP = (
     "model",
     "GPUs",
     "batch",
     "arithmetic (ms)",
+    "memory (ms)",
     "all-reduce (ms)",
     "not hidden (ms)",
     "efficiency",
     "images/s",
-    "hours for 310 epochs",
+    "minutes for 310 epochs",
 )
 MARKER = re.compile(r"(<!-- computed -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -49,6 +61,7 @@ class Machine:
     Attributes:
         flops: Operations per second of large 16-bit products on one GPU.
         efficiency: The part of them that a training step reaches.
+        bandwidth: Bytes per second of a GPU's memory.
         node: GPUs in a node.
         link: Bytes per second that a GPU sends to its neighbour in the node.
         network: Bytes per second that a node sends to another, for each of its GPUs.
@@ -58,6 +71,7 @@ class Machine:
 
     flops: float
     efficiency: float
+    bandwidth: float
     node: int
     link: float
     network: float
@@ -67,11 +81,17 @@ class Machine:
 
 @dataclass(frozen=True)
 class Step:
-    """One training step: seconds of arithmetic, of the all-reduce, and of what backward does not hide of that."""
+    """Seconds of a training step: arithmetic, memory traffic, all-reduce, and what backward does not hide of that."""
 
-    compute: float
+    arithmetic: float
+    memory: float
     all_reduce: float
     exposed: float
+
+    @property
+    def compute(self) -> float:
+        """Arithmetic and traffic overlap: the longer of the two."""
+        return max(self.arithmetic, self.memory)
 
     @property
     def seconds(self) -> float:
@@ -92,14 +112,26 @@ def all_reduce(size: float, gpus: int, machine: Machine) -> float:
     return seconds
 
 
-def step(params: int, macs: int, batch: int, gpus: int, machine: Machine, images_per_second: float | None) -> Step:
-    """Of ``batch`` images per GPU; backward has twice forward's products, gradients are float32."""
-    forward_and_backward = 3 * 2 * macs
-    speed = images_per_second or machine.flops * machine.efficiency / forward_and_backward
-    compute = batch / speed
-    reduction = all_reduce(4 * params, gpus, machine)
-    hidden = min(machine.overlap * reduction, compute * 2 / 3)  # backward is two thirds of the step
-    return Step(compute, reduction, reduction - hidden)
+def traffic(activations: int) -> int:
+    """Bytes through a GPU's memory for one image, 16 bits each, where all but products is fused.
+
+    What a product writes is written and read in forward and read in backward, and its gradient written and read.
+    """
+    return 2 * 5 * activations
+
+
+def step(cost: Macs, batch: int, gpus: int, machine: Machine, images_per_second: float | None) -> Step:
+    """Of ``batch`` images per GPU: backward has twice forward's products, gradients and AdamW's state are float32.
+
+    A measured speed of one GPU takes the place of both arithmetic and traffic.
+    """
+    speed = images_per_second or machine.flops * machine.efficiency / (3 * 2 * cost.macs)
+    update = 4 * 7 * cost.params  # AdamW reads parameter, gradient and two moments, and writes all but the gradient
+    memory = 0.0 if images_per_second else (batch * traffic(cost.activations) + update) / machine.bandwidth
+    reduction = all_reduce(4 * cost.params, gpus, machine)
+    computed = Step(batch / speed, memory, reduction, 0.0)
+    hidden = min(machine.overlap * reduction, computed.compute * 2 / 3)  # backward is two thirds of the step
+    return replace(computed, exposed=reduction - hidden)
 
 
 def tables(machine: Machine, batch: int, images_per_second: float | None) -> str:
@@ -109,24 +141,21 @@ def tables(machine: Machine, batch: int, images_per_second: float | None) -> str
 
     from t2t_fast.macs import count_macs
 
-    lines = [
-        "| model | params (M) | forward (GFLOP per image) | training (EFLOP in all) | gradients (MB) |",
-        "|---|---|---|---|---|",
-    ]
-    rows = []
+    work: list[tuple[str, ...]] = []
+    rows: list[tuple[str, ...]] = []
     for name in MODELS:
         with torch.device("meta"):
             cost = count_macs(timm.create_model(name))
         total = 6 * cost.macs * IMAGES * EPOCHS
         cells = (f"{cost.params / 1e6:.1f}", f"{2 * cost.macs / 1e9:.1f}", f"{total / 1e18:.1f}")
-        work.append((name, *cells, f"{4 * cost.params / 1e6:.0f}"))
+        work.append((name, *cells, *(f"{value / 1e6:.0f}" for value in (traffic(cost.activations), 4 * cost.params))))
         for gpus in GPUS:
-            s = step(cost.params, cost.macs, batch, gpus, machine, images_per_second)
-            hours = EPOCHS * IMAGES / (gpus * batch) * s.seconds / 3600
+            s = step(cost, batch, gpus, machine, images_per_second)
             speed = gpus * batch / s.seconds
-            times = (f"{1e3 * s.compute:.1f}", f"{1e3 * s.all_reduce:.2f}", f"{1e3 * s.exposed:.2f}")
+            minutes = EPOCHS * IMAGES / speed / 60
+            times = (f"{1e3 * t:.2f}" for t in (s.arithmetic, s.memory, s.all_reduce, s.exposed))
             efficiency = f"{100 * s.compute / s.seconds:.1f}%"
-            rows.append((name, str(gpus), str(gpus * batch), *times, efficiency, f"{speed:.0f}", f"{hours:.1f}"))
+            rows.append((name, str(gpus), str(gpus * batch), *times, efficiency, f"{speed:.0f}", f"{minutes:.1f}"))
     return "\n\n".join((markdown(_WORK, work), markdown(_STEP, rows)))
 
 
@@ -139,6 +168,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add(
         "--efficiency", type=positive_seconds, default=0.25, help="of those, in a training step; default: 0.25, a guess"
     )
+    add("--bandwidth", type=positive_seconds, default=3.35e12, help="bytes/s; default: 3.35e12, an H100 SXM's memory")
     add("--node", type=positive_int, default=8, metavar="N", help="GPUs in a node; default: 8")
     add("--link", type=positive_seconds, default=450e9, help="bytes/s; default: 450e9, NVLink 4 in one direction")
     add("--network", type=positive_seconds, default=50e9, help="bytes/s per GPU; default: 50e9, 400 Gbit/s")
@@ -151,11 +181,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print or write the tables; the exit status is 0, or 2 if an argument is impossible."""
     options = parse(sys.argv[1:] if argv is None else argv)
-    names = ("flops", "efficiency", "node", "link", "network", "latency", "overlap")
+    names = ("flops", "efficiency", "bandwidth", "node", "link", "network", "latency", "overlap")
     machine = Machine(**{name: getattr(options, name) for name in names})
     text = tables(machine, options.batch_size, options.images_per_second)
     if options.write:
-        PAGE.write_text(MARKER.sub(lambda match: f"{match[1]}\n{text}\n\n{match[2]}", PAGE.read_text()))
+        write_text(PAGE, MARKER.sub(lambda match: f"{match[1]}\n{text}\n\n{match[2]}", PAGE.read_text()))
     else:
         print(text)
     return 0

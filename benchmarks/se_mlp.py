@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import multiprocessing
-import shlex
 import statistics
 import sys
 import time
@@ -15,7 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from _common import OneLineParser, UsageError, positive_int, result_path, write_json
+from _common import OneLineParser, UsageError, command_line, positive_int, result_path, write_json
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -158,7 +157,7 @@ def _measure_all(options: argparse.Namespace, argv: Sequence[str]) -> tuple[Path
     return path, {
         "benchmark": "se_mlp",
         "date": date.isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "benchmarks/se_mlp.py", *argv]),
+        "command": command_line("se_mlp", argv),
         "device": "cpu",
         "hardware": hardware,
         "tolerances": TOLERANCES,

@@ -12,7 +12,16 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from _common import OneLineParser, UsageError, positive_int, positive_seconds, read_json, result_path, write_json
+from _common import (
+    OneLineParser,
+    UsageError,
+    command_line,
+    positive_int,
+    positive_seconds,
+    read_json,
+    result_path,
+    write_json,
+)
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -180,7 +189,7 @@ def measure(
         result: dict[str, Any] = {
             "benchmark": "throughput",
             "date": date.isoformat(timespec="seconds"),
-            "command": shlex.join(["python", "benchmarks/throughput.py", *argv]),
+            "command": command_line("throughput", argv),
             "device": device.type,
             "hardware": hardware,
             "seed": SEED,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import shlex
 import statistics
 import sys
 import time
@@ -14,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from _common import OneLineParser, UsageError, positive_int, result_path, write_json
+from _common import OneLineParser, UsageError, command_line, positive_int, result_path, write_json
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -130,7 +129,7 @@ def _measure_all(options: argparse.Namespace, argv: Sequence[str]) -> tuple[Path
     return path, {
         "benchmark": "tokens_to_token",
         "date": date.isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "benchmarks/tokens_to_token.py", *argv]),
+        "command": command_line("tokens_to_token", argv),
         "device": "cpu",
         "hardware": hardware,
         "dtype": "float32",

@@ -18,7 +18,6 @@ import dataclasses
 import math
 import multiprocessing
 import os
-import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -28,7 +27,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from _common import OneLineParser, UsageError, positive_int, positive_seconds, result_path, write_json
+from _common import OneLineParser, UsageError, command_line, positive_int, positive_seconds, result_path, write_json
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # an uninstalled checkout; an installed package comes first
 
@@ -179,7 +178,7 @@ def _tune_all(options: argparse.Namespace, argv: list[str]) -> tuple[Path, dict[
     result: dict[str, Any] = {
         "benchmark": "tuning",
         "date": date.isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "benchmarks/tune.py", *argv]),
+        "command": command_line("tune", argv),
         "hardware": chip,
         "environment": env,
         "rows": [],

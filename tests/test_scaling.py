@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from t2t_fast.macs import Macs
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -20,7 +22,16 @@ def scaling(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def machine(scaling: ModuleType, **changes: Any) -> Any:
-    given = {"flops": 1e15, "efficiency": 0.5, "node": 8, "link": 1e11, "network": 1e10, "latency": 0.0, "overlap": 0.0}
+    given = {
+        "flops": 1e15,
+        "efficiency": 0.5,
+        "bandwidth": 1e15,
+        "node": 8,
+        "link": 1e11,
+        "network": 1e10,
+        "latency": 0.0,
+        "overlap": 0.0,
+    }
     return scaling.Machine(**{**given, **changes})
 
 
@@ -34,12 +45,15 @@ def test_all_reduce(scaling: ModuleType) -> None:
 
 
 def test_a_step(scaling: ModuleType) -> None:
-    step = scaling.step(10**7, 10**9, 100, 8, machine(scaling), None)
-    assert step.compute == pytest.approx(100 * 6e9 / 5e14)
+    cost = Macs(params=10**7, macs=10**9, activations=10**7)
+    step = scaling.step(cost, 100, 8, machine(scaling), None)
+    assert step.compute == step.arithmetic == pytest.approx(100 * 6e9 / 5e14)
     assert step.exposed == step.all_reduce
     assert step.seconds == step.compute + step.all_reduce
-    assert scaling.step(10**7, 10**9, 100, 8, machine(scaling), 50.0).compute == 2.0
-    hidden = scaling.step(10**7, 10**9, 100, 8, machine(scaling, overlap=1.0), None)
+    slow = scaling.step(cost, 100, 8, machine(scaling, bandwidth=1e10), None)
+    assert slow.compute == slow.memory == pytest.approx((100 * 2 * 5 * 1e7 + 7 * 4e7) / 1e10)
+    assert scaling.step(cost, 100, 8, machine(scaling, bandwidth=1.0), 50.0).compute == 2.0
+    hidden = scaling.step(cost, 100, 8, machine(scaling, overlap=1.0), None)
     assert hidden.exposed == pytest.approx(max(0.0, hidden.all_reduce - hidden.compute * 2 / 3))
 
 
