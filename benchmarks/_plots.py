@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ def _figure(path: Path, written: list[Path], **labels: Any) -> Iterator[Any]:
     import matplotlib.pyplot as plt
 
     with matplotlib.rc_context({"svg.hashsalt": "t2t_fast", "svg.fonttype": "none"}):
-        figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+        figure, axes = plt.subplots(figsize=(8, 5.5), layout="constrained")
         yield axes
         axes.set(**labels)
         for axis in (axes.xaxis, axes.yaxis):
@@ -53,17 +54,24 @@ def _has_matplotlib() -> bool:
 
 
 def _scatter(axes: Any, rows: Sequence[Row], x: dict[str, float]) -> None:
-    """Images per second over ``x`` by model; a mark per variant, the model's name at its fastest."""
+    """Images per second over ``x`` by model; a mark per variant, a T2T-ViT's name at its fastest, others' below."""
     for variant in dict.fromkeys(row["variant"] or "timm" for row in rows):
         mine = [row for row in rows if (row["variant"] or "timm") == variant]
         marker = "s" if variant == "timm" else "o"
         axes.scatter(
             [x[r["model"]] for r in mine], [r["images_per_second"] for r in mine], label=variant, marker=marker
         )
-    axes.margins(x=0.15)  # room for names
+    axes.margins(x=0.2)  # room for names
+    names: dict[tuple[float, float, bool], str] = {}
     for model in dict.fromkeys(row["model"] for row in rows):
-        top = max((row["images_per_second"] for row in rows if row["model"] == model), default=0)
-        axes.annotate(model, (x[model], top), textcoords="offset points", xytext=(4, 4), fontsize="x-small")
+        top = max(row["images_per_second"] for row in rows if row["model"] == model)
+        place, name = (x[model], top, model.startswith("t2t")), model.replace("_patch16_224", "")
+        near = (p for p in names if math.dist(map(math.log, p[:2]), map(math.log, place[:2])) < 0.05)
+        place = next((p for p in near if p[2] == place[2]), place)
+        names[place] = f"{names[place]}, {name}" if place in names else name
+    for (left, top, ours), name in names.items():
+        offset, side = ((4, 4), "left") if ours else ((-5, -9), "right")
+        axes.annotate(name, (left, top), textcoords="offset points", xytext=offset, ha=side, fontsize="x-small")
 
 
 def _timed(rows: Sequence[Row]) -> list[Row]:
@@ -74,30 +82,41 @@ def plot_macs(rows: Sequence[Row], title: str, path: Path) -> list[Path]:
     """Images per second against multiply-accumulates; the files written."""
     rows, written = _timed(rows), list[Path]()
     if rows and _has_matplotlib():
-        x = {row["model"]: row["macs"] / 1e9 for row in rows}
-        labels = {"xlabel": "multiply-accumulates of an image (G)", "ylabel": "images per second", "title": title}
+        x = {row["model"]: row["macs"] for row in rows}
+        labels = {"xlabel": "multiply-accumulates of an image", "ylabel": "images per second", "title": title}
         with _figure(path, written, xscale="log", yscale="log", **labels) as axes:
             _scatter(axes, rows, x)
     return written
 
 
+def with_top1(rows: Sequence[Row], top1: dict[str, float]) -> list[Row]:
+    """The rows of models that the paper has a top-1 for, if they are three models or more."""
+    rows = [row for row in _timed(rows) if row["model"] in top1]
+    return rows if len({row["model"] for row in rows}) >= 3 else []
+
+
 def plot_top1(rows: Sequence[Row], top1: dict[str, float], title: str, path: Path) -> list[Path]:
-    """Images per second against the paper's top-1, of the models that it has one for, if they are three or more."""
-    rows, written = [row for row in _timed(rows) if row["model"] in top1], list[Path]()
-    if len({row["model"] for row in rows}) >= 3 and _has_matplotlib():
+    """Images per second against the paper's top-1, of :func:`with_top1`."""
+    rows, written = with_top1(rows, top1), list[Path]()
+    if rows and _has_matplotlib():
         labels = {"xlabel": "top-1 on ImageNet, as published (%)", "ylabel": "images per second", "title": title}
         with _figure(path, written, yscale="log", **labels) as axes:
             _scatter(axes, rows, top1)
     return written
 
 
-def plot_batches(rows: Sequence[Row], title: str, path: Path) -> list[Path]:
-    """Images per second against the batch, of what was measured with three batches or more."""
+def by_batch(rows: Sequence[Row]) -> dict[str, dict[int, float]]:
+    """Images per second by batch of each model and variant that was measured with three batches or more."""
     lines: dict[str, dict[int, float]] = {}
     for row in _timed(rows):
         name = f"{row['model']} {row['variant'] or ''}".strip()
         lines.setdefault(name, {})[row["batch_size"]] = row["images_per_second"]
-    lines, written = {name: line for name, line in lines.items() if len(line) >= 3}, list[Path]()
+    return {name: line for name, line in lines.items() if len(line) >= 3}
+
+
+def plot_batches(rows: Sequence[Row], title: str, path: Path) -> list[Path]:
+    """Images per second against the batch, of :func:`by_batch`."""
+    lines, written = by_batch(rows), list[Path]()
     if lines and _has_matplotlib():
         labels = {"xlabel": "batch", "ylabel": "images per second", "title": title}
         with _figure(path, written, xscale="log", yscale="log", **labels) as axes:

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from _common import OneLineParser, UsageError, slug, write_text
-from _plots import plot_batches, plot_macs, plot_roofline, plot_top1
-from _tables import KINDS, Result, markdown, normalised, rate
+from _plots import by_batch, plot_batches, plot_macs, plot_roofline, plot_top1, with_top1
+from _tables import KINDS, Result, Row, markdown, normalised, rate
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))  # an uninstalled checkout; an installed package comes first
@@ -113,34 +113,43 @@ def _measured(files: Sequence[tuple[Path, Result]]) -> str:
     return markdown(["", "images per second", *(c[0] for c in COLUMNS)], body.values()) if body else NOT_YET
 
 
+def _most_rows(files: Sequence[tuple[Path, Result]]) -> list[Row]:
+    """Of a machine's inference files the rows of the largest, in its first precision."""
+    results = (result for _, result in files if result["benchmark"] == "throughput")
+    runs = [[row for row in normalised(result) if row["mode"] == "inference"] for result in results]
+    runs = [[r for r in rows if r["batch_size"] != 1 and r["precision"] == rows[0]["precision"]] for rows in runs]
+    return max(runs, key=len, default=[])
+
+
+def _top1() -> dict[str, float]:
+    from t2t_fast.models.variants import VARIANTS
+
+    return {name: v.published.top1 for name, v in VARIANTS.items() if v.published}
+
+
 def _pictures(hardware: str, files: Sequence[tuple[Path, Result]]) -> list[str]:
     """Names of the plots of a machine that its files have the figures for; see :func:`draw`."""
-    names = []
-    kinds = {result["benchmark"] for _, result in files}
-    if "throughput" in kinds:
-        names.append(f"throughput-{slug(hardware)}.svg")
-    if "kernels" in kinds:
-        names.append(f"roofline-{slug(hardware)}.svg")
-    return names
+    rows = _most_rows(files)
+    figures = {
+        "throughput": rows,
+        "top1": with_top1(rows, _top1()),
+        "batches": by_batch(rows),
+        "roofline": [result for _, result in files if result["benchmark"] == "kernels"],
+    }
+    return [f"{name}-{slug(hardware)}.svg" for name, has in figures.items() if has]
 
 
 def draw(files: Sequence[tuple[Path, Result]], folder: Path) -> list[Path]:
     """The plots of all machines: of the inference file with most rows, and of the kernel file."""
-    from t2t_fast.models.variants import VARIANTS
-
-    top1 = {name: v.published.top1 for name, v in VARIANTS.items() if v.published}
-    written: list[Path] = []
+    top1, written = _top1(), list[Path]()
     for hardware in dict.fromkeys(str(result["hardware"]) for _, result in files if result.get("hardware")):
-        mine = [result for _, result in files if result.get("hardware") == hardware]
-        runs = [[r for r in normalised(f) if r["mode"] == "inference"] for f in mine if f["benchmark"] == "throughput"]
-        runs = [[r for r in rows if r["batch_size"] != 1 and r["precision"] == rows[0]["precision"]] for rows in runs]
-        if any(runs):
-            rows = max(runs, key=len)
+        mine = [f for f in files if f[1].get("hardware") == hardware]
+        if rows := _most_rows(mine):
             title = f"{hardware}, inference, {rows[0]['precision']}"
             written += plot_macs(rows, title, folder / f"throughput-{slug(hardware)}")
             written += plot_top1(rows, top1, title, folder / f"top1-{slug(hardware)}")
             written += plot_batches(rows, title, folder / f"batches-{slug(hardware)}")
-        for result in (result for result in mine if result["benchmark"] == "kernels"):
+        for result in (result for _, result in mine if result["benchmark"] == "kernels"):
             written += plot_roofline(result, folder / f"roofline-{slug(hardware)}")
     return written
 
