@@ -1,16 +1,17 @@
-"""Batches of normalised images: photographs that scikit-learn ships, any folder of images, or noise."""
+"""Batches of normalised images: photographs that scikit-learn ships, a folder of images or of shards, or noise."""
 
 from __future__ import annotations
 
-import os
+import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from _common import UsageError
+from _loader import Shards, find_shards
 from PIL import Image
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_dataset, create_loader
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torchvision import transforms
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -58,62 +59,32 @@ def _sample_photographs() -> tuple[list[Image.Image], str]:
 
 
 def _read_folder(folder: Path, seed: int) -> tuple[list[Image.Image], str]:
-    if not folder.is_dir():
-        raise UsageError(f"--images: {str(folder)!r} is no folder; pass one that holds images, at any depth")
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
-    random.Random(seed).shuffle(files)
-    photographs: list[Image.Image] = []
-    unreadable = 0
-    for path in files:
+    shards = find_shards(folder)
+    photographs, unreadable = [], 0
+    images = itertools.islice(Shards(shards), _MAX_PHOTOGRAPHS) if shards else _open_files(folder, seed)
+    for image in images:
+        if image is None:
+            unreadable += 1
+            continue
+        image.thumbnail((1024, 1024))  # a folder of camera files must not fill the memory
+        photographs.append(image)
         if len(photographs) == _MAX_PHOTOGRAPHS:
             break
-        try:
-            with Image.open(path) as image:
-                image.thumbnail((1024, 1024))  # a folder of camera files must not fill the memory
-                photographs.append(image.convert("RGB"))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-            unreadable += 1
     if not photographs:
-        detail = f"{unreadable} files, none of them readable" if files else "none"
-        raise UsageError(f"--images: {str(folder)!r} holds {detail}; accepted: {', '.join(IMG_EXTENSIONS)}")
+        detail = f"{unreadable} files, none of them readable" if unreadable or shards else "none"
+        kinds = f"{', '.join(IMG_EXTENSIONS)}, or .tar with such files"
+        raise UsageError(f"--images: {str(folder)!r} holds {detail}; accepted: {kinds}")
     skipped = f", {unreadable} unreadable files skipped" if unreadable else ""
     return photographs, f"crops of {len(photographs)} images in {folder}{skipped}"
 
 
-def loader_for(folder: Path, img_size: int, device: torch.device) -> Callable[[int, torch.dtype], Tensor]:
-    """A function that returns the next batch of ``folder``, of so many images in that dtype, on the device.
-
-    The images are read, decoded, resized and cropped by timm's loader for evaluation, in processes of their own,
-    over and over.
-
-    Raises:
-        UsageError: (By the function) the folder holds less than a batch.
-    """
-    dataset = create_dataset("", root=str(folder))
-    streams: dict[int, Iterator[Tensor]] = {}
-
-    def stream(batch_size: int) -> Iterator[Tensor]:
-        if len(dataset) < batch_size:
-            raise UsageError(
-                f"--images: {str(folder)!r} holds {len(dataset)} images, less than a batch of {batch_size}"
-            )
-        loader = create_loader(
-            dataset,
-            input_size=(3, img_size, img_size),
-            batch_size=batch_size,
-            is_training=False,
-            use_prefetcher=device.type == "cuda",
-            num_workers=min(8, os.cpu_count() or 1),
-            device=device,
-        )
-        while True:
-            for images, _ in loader:
-                if len(images) == batch_size:
-                    yield images
-
-    def fetch(batch_size: int, dtype: torch.dtype) -> Tensor:
-        if batch_size not in streams:
-            streams[batch_size] = stream(batch_size)
-        return next(streams[batch_size]).to(device, dtype)
-
-    return fetch
+def _open_files(folder: Path, seed: int) -> Iterator[Image.Image | None]:
+    """The images at any depth, shuffled; None for one that cannot be read."""
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
+    random.Random(seed).shuffle(files)
+    for path in files:
+        try:
+            with Image.open(path) as image:
+                yield image.convert("RGB")
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+            yield None

@@ -203,17 +203,17 @@ def settle(row: Row, images: Tensor, most: int = 20) -> None:
 
 def time_rows(
     rows: Sequence[Row],
-    batches: Callable[[Row], Tensor],
+    seconds_of: Callable[[Row], float],
     repeats: int | None,
     budget: float,
     report: Report,
     keep: Callable[[], None] = lambda: None,
 ) -> None:
-    """Time the rows in rounds, one batch of each per round, so that drift of the machine hits all alike.
+    """Time the rows in rounds, each once per round, so that drift of the machine hits all alike.
 
     Args:
         rows: Prepared rows.
-        batches: A row's next batch.
+        seconds_of: Runs a row and returns the seconds of one step.
         repeats: Number of rounds; None leaves it to ``budget``, within MIN_REPEATS and MAX_REPEATS.
         budget: Seconds that the rounds may take together.
         report: Called with what is done, the batches done and the batches planned.
@@ -227,7 +227,7 @@ def time_rows(
         first = done % len(rows)  # another neighbour each round: none always runs after the same one
         for i, row in enumerate([*rows[first:], *rows[:first]]):
             with guarded(row):
-                row.seconds.append(time_step(row, batches(row)))
+                row.seconds.append(seconds_of(row))
             report("timing", done * len(rows) + i + 1, planned * len(rows))
         rows = [row for row in rows if row.status == "pending"]
         done += 1
@@ -255,6 +255,27 @@ def time_step(row: Row, images: Tensor) -> float:
     if images.device.type != "cpu":
         torch.accelerator.synchronize()
     return time.perf_counter() - started
+
+
+def time_stream(row: Row, fetch: Callable[[Row], Tensor], ahead: int) -> float:
+    """Seconds of one step in a run of them, every one with the next batch, fetching included.
+
+    ``ahead`` batches may lie ready that were made in somebody else's time: as many steps pass before the clock starts.
+    """
+    assert row.step is not None
+    started = 0.0
+    for step in range(2 * ahead):
+        if step == ahead:
+            started = _finished()
+        row.step(fetch(row))
+    return (_finished() - started) / ahead
+
+
+def _finished() -> float:
+    """The time at which everything asked for has been done."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter()
 
 
 def largest_batch(row: Row, oracle: Oracle, limit: int = 1 << 16) -> int:

@@ -101,7 +101,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         help="for the rounds of all rows together; default: 45",
     )
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--images", type=Path, metavar="FOLDER", help="crop the images in this folder, at any depth")
+    source.add_argument("--images", type=Path, metavar="FOLDER", help="crop the images, or shards, in this folder")
     source.add_argument("--synthetic", action="store_true", help="noise in place of photographs")
     add("--with-loader", action="store_true", help="reading, decoding and cropping --images is part of the time")
     add("--output", type=Path, metavar="JSON", help="file, or a folder for it; default: benchmarks/results/local")
@@ -170,7 +170,8 @@ def measure(
         import _measure
         import _models
         import torch
-        from _images import load_images, loader_for
+        from _images import load_images
+        from _loader import Loader
 
         from t2t_fast import use_backend
         from t2t_fast.env import collect_env
@@ -238,14 +239,18 @@ def measure(
                             row.status, row.batch_size = "out of memory", 1
                 ready = _measure.prepare([row for row in rows if row.status == "pending"], oracle, report)
                 batches = {row.key: _measure.batch_for(row, oracle) for row in ready}
-                if options.with_loader:
-                    fetch = loader_for(options.images, img_size, device)
-                    time_batch = lambda row: fetch(row.batch_size, row.weight_dtype)  # noqa: E731, B023
-                else:
-                    time_batch = lambda row: batches[row.key]  # noqa: E731, B023
+                loader = Loader(options.images, img_size, device) if options.with_loader else None
+
+                def seconds_of(row: Any, loader: Any = loader, batches: Any = batches) -> float:
+                    if loader is None:
+                        return _measure.time_step(row, batches[row.key])
+                    return _measure.time_stream(
+                        row, lambda row: loader.next(row.batch_size, row.weight_dtype), loader.ahead
+                    )
+
                 repeats = options.repeats or (LATENCY_REPEATS if options.latency else None)
                 budget = options.time_budget / len(kinds)
-                _measure.time_rows(ready, time_batch, repeats, budget, report, lambda rows=rows: save(rows))  # type: ignore[misc]
+                _measure.time_rows(ready, seconds_of, repeats, budget, report, lambda rows=rows: save(rows))  # type: ignore[misc]
                 for row in rows:
                     row.drop()
                     result["rows"].append(_measure.figures(row) | {"asked": asked[id(row)]})

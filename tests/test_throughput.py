@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
+import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -137,17 +140,21 @@ def make_row(**kwargs: Any) -> Any:
     return Row(**{**given, "batch_size": 1, "img_size": 1, "step": lambda images: images, **kwargs})
 
 
+def seconds_of_zeros(measure: Any) -> Callable[[Any], float]:
+    return lambda row: measure.time_step(row, torch.zeros(1))
+
+
 def test_time_budget(throughput: ModuleType) -> None:
     import _measure
 
-    images = torch.zeros(1)
+    seconds_of = seconds_of_zeros(_measure)
     for budget, rounds in ((1e-9, _measure.MIN_REPEATS), (60.0, _measure.MAX_REPEATS)):
         timed = [make_row() for _ in range(3)]
         reports: list[tuple[int, int]] = []
         kept: list[int] = []
         _measure.time_rows(
             timed,
-            lambda row: images,
+            seconds_of,
             None,
             budget,
             lambda what, *report: reports.append(report),  # noqa: B023
@@ -171,7 +178,7 @@ def test_out_of_memory_is_a_row_that_says_so(throughput: ModuleType) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     good, bad = make_row(), make_row(step=fail)
-    _measure.time_rows([good, bad], lambda row: torch.zeros(1), 6, 1.0, lambda *report: None)
+    _measure.time_rows([good, bad], seconds_of_zeros(_measure), 6, 1.0, lambda *report: None)
     assert (good.status, len(good.seconds)) == ("ok", 6)
     assert (bad.status, len(bad.seconds)) == ("out of memory", 2)
 
@@ -179,7 +186,7 @@ def test_out_of_memory_is_a_row_that_says_so(throughput: ModuleType) -> None:
         raise RuntimeError("something else")
 
     with pytest.raises(RuntimeError, match="something else"):
-        _measure.time_rows([make_row(step=broken)], lambda row: torch.zeros(1), 1, 1.0, lambda *report: None)
+        _measure.time_rows([make_row(step=broken)], seconds_of_zeros(_measure), 1, 1.0, lambda *report: None)
 
 
 def test_searches_for_a_batch(throughput: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,15 +270,43 @@ def test_latency(throughput: ModuleType, tmp_path: Path, capsys: pytest.CaptureF
     assert f"{percentile(row, 90):.1f}, {percentile(row, 99):.1f}" in output
 
 
-def test_with_the_loader(throughput: ModuleType, tmp_path: Path) -> None:
+def test_a_stream_is_timed_with_its_loader(throughput: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lay ready before the clock started is not counted: fetching takes 2 s, a step 1 s."""
+    import _measure
+
+    now, ready = 0.0, 3
+    monkeypatch.setattr(_measure, "_finished", lambda: now)
+
+    def fetch(row: Any) -> torch.Tensor:
+        nonlocal now, ready
+        now, ready = now + (0 if ready > 0 else 2), ready - 1
+        return torch.zeros(1)
+
+    def step(images: torch.Tensor) -> None:
+        nonlocal now
+        now += 1
+
+    assert _measure.time_stream(make_row(step=step), fetch, 3) == 3
+    assert now == 3 + 3 * 3
+
+
+@pytest.mark.parametrize("shards", [False, True], ids=["files", "shards"])
+def test_with_the_loader(throughput: ModuleType, tmp_path: Path, shards: bool) -> None:
     folder = tmp_path / "images" / "class"
     folder.mkdir(parents=True)
     for i in range(3):
         Image.new("RGB", (50 + i, 60), "red").save(folder / f"{i}.jpg")
+    if shards:
+        (folder / "broken.jpg").write_bytes(b"not an image")
+        with tarfile.open(tmp_path / "images" / "shard-0.tar", "w") as tar:
+            for path in sorted(folder.iterdir()):
+                tar.add(path, path.name)
+        shutil.rmtree(folder)
     path = tmp_path / "loader.json"
     arguments = ["--models", "t2t_vit_7", "--variants", "auto", "--no-plot", "--with-loader", "--images"]
     assert throughput.main([*TINY, *arguments, str(folder.parent), "--output", str(path)]) == 0
     assert read(path)["with_loader"] is True
+    assert "3 images" in read(path)["images"]
 
 
 def test_folder_of_images(throughput: ModuleType, tmp_path: Path) -> None:

@@ -107,8 +107,8 @@ def _fold_norms(block: Block) -> int:
     folded = 0
     for name, linears in (("norm1", behind_norm1), ("norm2", (mlp.fc1,))):
         norm: Any = block.get_submodule(name)
-        plain = type(norm) is nn.LayerNorm and norm.elementwise_affine and not norm._forward_hooks
-        if plain and are_plain(*linears):
+        plain = isinstance(norm, nn.LayerNorm) and norm.elementwise_affine
+        if plain and are_plain(norm, *linears):
             for linear in linears:
                 _fold(norm, linear)
             setattr(block, name, nn.LayerNorm(norm.normalized_shape, norm.eps, elementwise_affine=False))
