@@ -6,7 +6,7 @@ import contextlib
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import _models
@@ -317,7 +317,7 @@ def best_batch(row: Row, oracle: Oracle, limit: int) -> int:
 
 
 def figures(row: Row) -> dict[str, Any]:
-    """A row of the result file; ``speed`` comes from :func:`relate`."""
+    """A row of the result file; ``speed`` and ``of_product`` come from :func:`relate`."""
     rates = [row.batch_size / seconds for seconds in row.seconds]
     quartiles = statistics.quantiles(rates, n=4, method="inclusive") if len(rates) > 1 else None
     content = {
@@ -334,17 +334,23 @@ def figures(row: Row) -> dict[str, Any]:
         "spread": (quartiles[2] - quartiles[0]) / 2 if quartiles else None,
         "ms_per_batch": 1000 * statistics.median(row.seconds) if rates else None,
         "speed": None,
+        "of_product": None,
         "seconds": row.seconds,
     }
 
 
-def relate(rows: Sequence[dict[str, Any]]) -> None:
-    """Fill each row's ``speed``: images per second over those of its model's reference, or of the first reference.
+def relate(rows: Sequence[dict[str, Any]], operations_per_second: Mapping[str, float]) -> None:
+    """Fill in what needs more than a row's own times.
 
-    Of the same mode, precision, batch and image size; the median over the rounds' ratios where both ran in the same
-    rounds. Where there is no reference, the first row takes its place.
+    ``speed``: images per second over those of its model's reference, or of the first reference, of the same mode,
+    precision, batch and image size; the median over the rounds' ratios where both ran in the same rounds. Where there
+    is no reference, the first row takes its place. ``of_product``: its arithmetic per second, two operations for each
+    multiply-accumulate and three times as many in training, over that of a large matrix product in its precision.
     """
     for row in rows:
+        if row["seconds"] and row["precision"] in operations_per_second:
+            operations = 2 * row["macs"] * (3 if row["mode"] == "training" else 1) * row["images_per_second"]
+            row["of_product"] = operations / operations_per_second[row["precision"]]
         kind = [r for r in rows if r["seconds"] and all(r[k] == row[k] for k in ("mode", "precision", "img_size"))]
         same = [r for r in kind if r["batch_size"] == row["batch_size"]] or kind
         references = [r for r in same if r["variant"] == "reference"]

@@ -18,6 +18,7 @@ from t2t_fast.macs import Macs, count_macs
 # The ViT-S/16 that the paper compares with: timm's at that time, 768 channels in 8 layers; today's has DeiT-S's size.
 PAPER_VIT_SMALL = "vit_small_patch16_224_of_the_paper"
 SETS = {
+    "zoo": tuple(t2t_fast.list_models()),
     "paper": (
         *(f"t2t_vit_{depth}" for depth in (7, 12, 14, 19, 24)),
         *(f"t2t_vit_t_{depth}" for depth in (14, 19, 24)),

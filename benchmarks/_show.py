@@ -27,7 +27,7 @@ def show(result: dict[str, Any]) -> None:
     for name in varied:
         table.add_column({"batch_size": "batch", "img_size": "pixels"}.get(name, name))
     headings = ["params\n(M)", "MACs\n(G)", "images/s", "ms/batch", *(["p90, p99\n(ms)"] * latency)]
-    for heading in (*headings, "speed", "error", "top-1"):
+    for heading in (*headings, "speed", "of a\nproduct", "error", "top-1"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(row["model"], row["variant"] or "-", *(str(row[name]) for name in varied), *_cells(row, latency))
@@ -37,6 +37,11 @@ def show(result: dict[str, Any]) -> None:
     console.print(
         "images/s: median of the rounds ± half the interquartile range. speed: relative to the model's reference, "
         "or else to the first one; median of the rounds. MACs count the attention products."
+    )
+    rates = ", ".join(f"{rate / 1e12:.2f} in {name}" for name, rate in result["operations_per_second"].items())
+    console.print(
+        "of a product: the model's arithmetic per second over that of one large matrix product on this machine, "
+        f"{rates} (10^12 operations per second)."
     )
     limits = sorted({row["tolerance"] for row in rows if row["tolerance"] is not None})
     if limits:
@@ -81,9 +86,10 @@ def _cells(row: dict[str, Any], latency: bool) -> list[str]:
         cells += [f"{row['images_per_second']:.{digits}f}{spread}", f"{row['ms_per_batch']:.1f}"]
         cells += [f"{percentile(row, 90):.1f}, {percentile(row, 99):.1f}"] * latency
         cells.append("-" if row["speed"] is None else f"{row['speed']:.2f}x")
+        cells.append("-" if row["of_product"] is None else f"{row['of_product']:.0%}")
     else:
         short = row["status"].partition(":")[0]
-        cells += [short, "-", *(["-"] * latency), "-"]
+        cells += [short, "-", *(["-"] * latency), "-", "-"]
     if row["error"] is None and row["status"] != "wrong":
         return [*cells, "-", "-"]
     return [*cells, _error(row), "-" if row["top1"] is None else f"{row['top1']:.0%}"]

@@ -39,8 +39,9 @@ def throughput(result: Result) -> str:
         kinds.setdefault((row["mode"], row["precision"], row["batch_size"], row["img_size"]), []).append(row)
     parts = []
     for (mode, precision, batch, size), rows in kinds.items():
-        latency = batch == 1
-        headings = ["model", "variant", "MACs (G)", "images/s", "speed", *(["p50, p90, p99 (ms)"] * latency), "error"]
+        latency, related = batch == 1, any(row.get("of_product") for row in rows)
+        headings = ["model", "variant", "MACs (G)", "images/s", "speed", *(["p50, p90, p99 (ms)"] * latency)]
+        headings += [*(["of a product"] * related), "error"]
         body = []
         for row in rows:
             cells = [row["model"], row["variant"] or "timm", f"{row['macs'] / 1e9:.1f}"]
@@ -49,8 +50,10 @@ def throughput(result: Result) -> str:
                 speed = "" if row["speed"] is None else f"{row['speed']:.2f}x"
                 cells += [f"{rate(row['images_per_second'])}{spread}", speed]
                 cells += [", ".join(f"{1000 * quantile(row['seconds'], q):.1f}" for q in (50, 90, 99))] * latency
+                if related:
+                    cells.append(f"{row['of_product']:.0%}")
             else:
-                cells += [row["status"], "", *([""] * latency)]
+                cells += [row["status"], "", *([""] * (latency + related))]
             body.append([*cells, "" if row["error"] is None else f"{row['error']:.0e}"])
         images = "batches of 1" if latency else f"batches of {batch}"
         parts.append(f"{mode.capitalize()}, {precision}, {images}, {size} px:\n\n{markdown(headings, body)}")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import _models
@@ -13,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import t2t_fast
+from t2t_fast.models.export import load
 
 BACKENDS = ("auto", "reference", "aten", "triton", "native")
-VARIANTS = (*BACKENDS, "frozen", "compiled", "compiled-reference", "compiled-frozen", "cuda-graph")
-INFERENCE_ONLY = ("frozen", "compiled-frozen", "cuda-graph")
+EXPORTED = ("onnx", "aoti")
+FROZEN = ("frozen", "compiled-frozen", "cuda-graph")
 PRECISIONS = {
     "float32": (torch.float32, None),
     "tf32": (torch.float32, None),
@@ -25,6 +28,12 @@ PRECISIONS = {
     "autocast-bfloat16": (torch.float32, torch.bfloat16),
     "autocast-float16": (torch.float32, torch.float16),
 }
+
+
+def product_dtype(precision: str) -> torch.dtype:
+    """The dtype in which matrix products run."""
+    dtype, autocast = PRECISIONS[precision]
+    return autocast or dtype
 
 
 class CannotRun(Exception):
@@ -67,8 +76,7 @@ class Row:
 
     @property
     def product_dtype(self) -> torch.dtype:
-        dtype, autocast = PRECISIONS[self.precision]
-        return autocast or dtype
+        return product_dtype(self.precision)
 
     def drop(self) -> None:
         """Let go of the model."""
@@ -82,7 +90,7 @@ def build(row: Row, weights: dict[str, Tensor] | None, device: torch.device, see
         CannotRun: The variant is not for this mode or this machine.
     """
     variant = row.variant or "auto"
-    if row.mode == "training" and variant in INFERENCE_ONLY:
+    if row.mode == "training" and variant in (*FROZEN, *EXPORTED):
         raise CannotRun(f"{variant} is for inference")
     if row.mode == "training" and row.precision == "float16":
         raise CannotRun("weights in float16 do not train: take autocast-float16")
@@ -96,7 +104,9 @@ def build(row: Row, weights: dict[str, Tensor] | None, device: torch.device, see
         model = _models.create(row.model, row.img_size)
     model = model.to(device, row.weight_dtype)
     module: Any = model
-    if variant in INFERENCE_ONLY:
+    if variant in EXPORTED:
+        module = _export(row, model, device)
+    if variant in FROZEN:
         module = t2t_fast.freeze(model)
     if variant.startswith("compiled"):
         module = torch.compile(module)
@@ -109,13 +119,28 @@ def build(row: Row, weights: dict[str, Tensor] | None, device: torch.device, see
     row.step = _training_step(row, module, device) if row.mode == "training" else _forward(row, module, device)
 
 
+def _export(row: Row, model: nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """The model as a program of another runtime, written, checked and loaded again."""
+    if PRECISIONS[row.precision][1]:
+        raise CannotRun("an exported program has the precision of its weights, not autocast's")
+    if row.variant == "onnx" and (device.type != "cpu" or row.precision == "bfloat16"):
+        raise CannotRun("onnxruntime is measured on the CPU, in float32 and float16")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / ("model.onnx" if row.variant == "onnx" else "model.pt2")
+        try:
+            t2t_fast.export(model, path, row.variant)
+        except t2t_fast.ExportError as error:
+            raise CannotRun(str(error)) from error
+        return load(path, str(row.variant))
+
+
 def precision_of(row: Row, device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """The context in which the row's precision holds."""
     autocast = PRECISIONS[row.precision][1]
     return torch.autocast(device.type, autocast) if autocast else contextlib.nullcontext()
 
 
-def _forward(row: Row, model: nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]:
+def _forward(row: Row, model: Callable[[Tensor], Tensor], device: torch.device) -> Callable[[Tensor], Tensor]:
     @torch.no_grad()
     def step(images: Tensor) -> Tensor:
         with precision_of(row, device):

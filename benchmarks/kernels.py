@@ -12,10 +12,9 @@ gradient that is wrong prints its error in place of a time, and the exit status 
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -31,38 +30,10 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # an uninstalled chec
 import torch
 from _cases import CASES, TOLERANCES, Case, runners, step, tensors_of
 from _measure import device_name, select_device
+from _rates import bytes_per_second, median_seconds, operations_per_second
 
 import t2t_fast
 from t2t_fast.env import collect_env
-
-
-def median_seconds(function: Callable[[], Any], device: torch.device, least: int = 5) -> float:
-    """Of one call, warm: on CUDA by events with the L2 cache emptied in between, elsewhere by the wall clock."""
-    if device.type == "cuda":
-        from triton.testing import do_bench
-
-        return float(do_bench(function, return_mode="median")) / 1e3
-    times: list[float] = []
-    function()
-    started = time.perf_counter()
-    while len(times) < least or (len(times) < 100 and time.perf_counter() - started < 0.5):
-        before = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - before)
-    return statistics.median(times)
-
-
-def ceilings(dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
-    """Bytes per second of a large copy, and operations per second of a large product."""
-    size, side = (2**28, 8192) if device.type == "cuda" else (2**26, 1024)
-    source = torch.ones(size, dtype=torch.uint8, device=device)
-    target = torch.ones_like(source)
-    copy = median_seconds(lambda: target.copy_(source), device)
-    a, b = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
-    # Where the plain product is not the library's best, ops.linear is.
-    products = [lambda: a @ b, lambda: t2t_fast.ops.linear(a[None], b, None)]
-    product = min(median_seconds(product, device) for product in products)
-    return 2 * size / copy, 2 * side**3 / product
 
 
 def measure(case: Case, batch: int, dtype: torch.dtype, device: torch.device, compiled: bool) -> list[dict[str, Any]]:
@@ -166,7 +137,7 @@ def _measure_all(options: argparse.Namespace, argv: list[str]) -> tuple[Path, di
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if on_gpu else precision)
     try:
-        rates = ceilings(dtype, device)
+        rates = bytes_per_second(device), operations_per_second(dtype, device)
         result: dict[str, Any] = {
             "benchmark": "kernels",
             "date": date.isoformat(timespec="seconds"),

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 from _cases import CASES, VARIANTS, Case, runners, step, tensors_of
+from _rates import bytes_per_second, operations_per_second
 
 import t2t_fast
-from kernels import ceilings
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BATCH, DTYPE = (128, torch.bfloat16) if DEVICE.type == "cuda" else (2, torch.float32)
@@ -22,7 +22,7 @@ BATCH, DTYPE = (128, torch.bfloat16) if DEVICE.type == "cuda" else (2, torch.flo
 @functools.cache
 def rates() -> tuple[float, float]:
     """Bytes and operations per second of this device."""
-    return ceilings(DTYPE, DEVICE)
+    return bytes_per_second(DEVICE), operations_per_second(DTYPE, DEVICE)
 
 
 @pytest.mark.parametrize("part", ["forward", "training"])

@@ -29,7 +29,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # an uninstalled chec
 
 MODELS = ("t2t_vit_14", "deit_small_patch16_224", "vit_small_patch16_224", "resnet50")
 BACKENDS = ("auto", "reference", "aten", "triton", "native")
-VARIANTS = (*BACKENDS, "frozen", "compiled", "compiled-reference", "compiled-frozen", "cuda-graph")
+VARIANTS = (*BACKENDS, "frozen", "compiled", "compiled-reference", "compiled-frozen", "cuda-graph", "onnx", "aoti")
 DEFAULT_VARIANTS = {"inference": ("reference", "auto", "frozen"), "training": ("reference", "auto")}
 PRECISIONS = ("auto", "float32", "tf32", "bfloat16", "float16", "autocast-bfloat16", "autocast-float16")
 BATCH_SIZES = {"cpu": 16, "cuda": 128}
@@ -43,6 +43,7 @@ examples:
   python benchmarks/throughput.py --mode training --precision autocast-bfloat16 --variants reference auto compiled
   python benchmarks/throughput.py --device cuda --precision bfloat16 float16 --batch-size 32 128 512
   python benchmarks/throughput.py --models t2t_vit_14 --latency --variants auto frozen cuda-graph
+  python benchmarks/throughput.py --models zoo --variants reference frozen onnx aoti        exported programs
   python benchmarks/throughput.py --images ~/imagenet/val --with-loader      decoding included
   python benchmarks/throughput.py --models paper --output run.json           after an interruption: --resume run.json
 
@@ -61,7 +62,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         prog="throughput.py", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--models", nargs="+", default=list(MODELS), metavar="NAME", help=f"or paper; default: {' '.join(MODELS)}")
+    add("--models", nargs="+", default=list(MODELS), metavar="NAME", help=f"or paper, zoo; default: {' '.join(MODELS)}")
     add(
         "--variants",
         "--backends",
@@ -169,9 +170,11 @@ def measure(
 
         import _measure
         import _models
+        import _rates
         import torch
         from _images import load_images
         from _loader import Loader
+        from _variants import product_dtype
 
         from t2t_fast import use_backend
         from t2t_fast.env import collect_env
@@ -198,19 +201,21 @@ def measure(
             "with_loader": options.with_loader,
             "complete": False,
             "passed": True,
+            "operations_per_second": {},
             "rows": [],
             "total_seconds": 0.0,
             "environment": env,
         }
         if before is not None:
             _check_same(before, result)
-            result |= {name: before[name] for name in ("rows", "date", "command")}
+            kept = ("rows", "date", "command", "operations_per_second")
+            result |= {name: before[name] for name in kept if name in before}
             started -= before["total_seconds"]
 
         def save(rows: Sequence[Any] = ()) -> None:
             """Keep what is known, and of ``rows`` that are being timed what they have so far."""
             now = [*result["rows"], *(_measure.figures(row) | {"asked": asked[id(row)]} for row in rows)]
-            _measure.relate(now)
+            _measure.relate(now, result["operations_per_second"])
             result["passed"] = all(row["passed"] for row in now)
             result["total_seconds"] = round(time.perf_counter() - started, 1)
             keep(path, result | {"rows": now})
@@ -229,6 +234,10 @@ def measure(
                 asked = {id(row): (*row.key[:4], str(size), img_size) for row in rows}
                 rows = [row for row in rows if asked[id(row)] not in done]
                 torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+                if precision not in result["operations_per_second"]:
+                    report("a large matrix product", number, len(kinds))
+                    rate = _rates.operations_per_second(product_dtype(precision), device)
+                    result["operations_per_second"][precision] = rate
                 for row in rows:
                     row.batch_size = size if isinstance(size, int) else 1
                     if isinstance(size, str):
@@ -255,7 +264,6 @@ def measure(
                     row.drop()
                     result["rows"].append(_measure.figures(row) | {"asked": asked[id(row)]})
                 save()
-    _measure.relate(result["rows"])
     result["complete"] = True
     save()
     return result

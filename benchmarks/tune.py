@@ -110,8 +110,7 @@ def time_candidate(table: str, config: Any, kind: str, device_name: str, batch: 
     """Seconds of each use."""
     import torch
     from _cases import runners, step, tensors_of
-
-    from kernels import median_seconds
+    from _rates import median_seconds
 
     device, dtype, part = torch.device(device_name), getattr(torch, KINDS[kind]), USES[table][1]
     seconds = []

@@ -157,9 +157,8 @@ class Op:
     def __call__(self, backend: str, *args: Any) -> Any:
         """Run the implementation that ``backend`` and the context ask for on ``args``."""
         chosen, reasons = self._choose(resolve_backend(backend), args)
-        explanation = None if torch.compiler.is_compiling() else _explanation.get()
-        if explanation is not None:
-            explanation.add(Decision(self.name, chosen.backend, reasons, detail=chosen.detail(*args)))
+        if not torch.compiler.is_compiling() and _explanation.get() is not None:
+            tell(Decision(self.name, chosen.backend, reasons, detail=chosen.detail(*args)))
         return chosen.run(*args)
 
     def _choose(self, backend: str, args: tuple[Any, ...]) -> tuple[Implementation, dict[str, str]]:
@@ -189,6 +188,13 @@ class Op:
                 return implementation
         known = ", ".join(i.backend for i in self.implementations)
         raise BackendUnavailable(f"{self.name} has no {backend!r} implementation in this version; it has: {known}")
+
+
+def tell(decision: Decision) -> None:
+    """Let :func:`explain` know of an op that a module computed by itself."""
+    explanation = _explanation.get()
+    if explanation is not None:
+        explanation.add(decision)
 
 
 def explain(model: Callable[..., Any], *inputs: Any, **kwargs: Any) -> Explanation:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from small_models import FAMILIES, relative_error, seeded_images, small
 from torch import Tensor, nn
 
 import t2t_fast
+from t2t_fast.aten.linear import why_not_packed
 from t2t_fast.layers.packed_linear import PackedLinear
 from t2t_fast.models.freeze import _compare
 
@@ -112,6 +114,107 @@ def test_what_is_watched_or_replaced_stays() -> None:
     assert "2 LayerNorms" in frozen.notes[0]
 
 
+def test_branches_that_somebody_changes_keep_their_norms() -> None:
+    model, images = small("t2t_vit_7").eval(), seeded_images(2, 32, 32)
+    seen: list[Tensor] = []
+    model.blocks[0].attn.register_forward_pre_hook(lambda module, args: (2 * args[0] + 1,))
+    model.blocks[1].mlp.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    frozen = t2t_fast.freeze(model)
+    assert "2 LayerNorms" in frozen.notes[0]
+    seen.clear()
+    assert relative_error(frozen(images), model(images)) < 1e-5
+    torch.testing.assert_close(*seen, rtol=1e-4, atol=1e-5)
+
+
+def test_foreign_branches_are_called() -> None:
+    class Wrapped(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * self.inner(x) + 1
+
+    model, images = small("t2t_vit_7").eval(), seeded_images(2, 32, 32)
+    model.blocks[0].attn = Wrapped(model.blocks[0].attn)
+    model.blocks[1].mlp = nn.Sequential(nn.Linear(256, 256), nn.GELU())
+    frozen = t2t_fast.freeze(model)
+    assert "2 LayerNorms" in frozen.notes[0]
+    assert relative_error(frozen(images), model(images)) < 1e-5
+
+
+def test_shared_weights_are_not_folded_twice() -> None:
+    model, images = small("t2t_vit_7").eval(), seeded_images(2, 32, 32)
+    model.blocks[1].attn.qkv.weight = model.blocks[0].attn.qkv.weight
+    model.blocks[1].mlp = model.blocks[0].mlp
+    frozen = t2t_fast.freeze(model)
+    assert "0 LayerNorms" in frozen.notes[0]
+    assert relative_error(frozen(images), model(images)) < 1e-5
+
+
+def test_watched_dropouts_stay() -> None:
+    model, seen = small("t2t_vit_7").eval(), list[int]()
+    model.pos_drop.register_forward_hook(lambda *args: seen.append(1))
+    frozen = t2t_fast.freeze(model)
+    seen.clear()
+    frozen(seeded_images(2, 32, 32))
+    assert seen == [1]
+
+
+def test_under_autocast_and_in_inference_mode() -> None:
+    model, images = small("t2t_vit_7").eval(), seeded_images(2, 32, 32)
+    want = model(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert relative_error(t2t_fast.freeze(model)(images), want) < 4e-2
+    with torch.inference_mode():
+        frozen = t2t_fast.freeze(model)
+        assert relative_error(frozen(images), want) < 1e-5
+        frozen.load_state_dict({key: 1.5 * value for key, value in frozen.state_dict().items()})
+        fresh = t2t_fast.freeze(small("t2t_vit_7"))
+        fresh.load_state_dict(frozen.state_dict())
+        assert torch.equal(frozen(images), fresh(images))
+        assert relative_error(frozen(images), want) > 1e-2
+    with torch.inference_mode():  # whose tensors do not tell when they are written to
+        inner = frozen.double().float()
+        assert relative_error(inner(images), fresh(images)) < 1e-5
+
+
+def test_threads_of_different_precision() -> None:
+    frozen, images = t2t_fast.freeze(small("t2t_vit_7")), seeded_images(2, 32, 32)
+    want, errors = frozen(images), dict[bool, float]()
+
+    def run(autocast: bool) -> None:
+        worst = 0.0
+        for _ in range(20):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                worst = max(worst, relative_error(frozen(images), want))
+        errors[autocast] = worst
+
+    threads = [threading.Thread(target=run, args=(autocast,)) for autocast in (False, True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors[False] < 1e-6
+    assert errors[True] < 4e-2
+
+
+@torch.no_grad()
+def test_features_and_another_dtype_of_a_frozen_model() -> None:
+    model, images = small("t2t_vit_7").eval(), seeded_images(2, 32, 32)
+    frozen = t2t_fast.freeze(model)
+    assert t2t_fast.freeze(frozen) is t2t_fast.freeze(frozen, torch.float32) is frozen
+    assert frozen.num_classes == 5
+    assert relative_error(frozen.forward_features(images), model.forward_features(images)) < 1e-5
+    got, want = (m.forward_intermediates(images.double() if m is frozen else images) for m in (frozen, model))
+    for a, b in zip(got[1], want[1], strict=True):
+        assert relative_error(a, b) < 1e-5
+    half = t2t_fast.freeze(frozen, torch.bfloat16)
+    assert (half.dtype, frozen.dtype) == (torch.bfloat16, torch.float32)
+    assert "weights cast from torch.float32 to torch.bfloat16" in half.notes
+    assert relative_error(half(images), model(images)) < DTYPES[torch.bfloat16]
+
+
 def test_takes_what_optimize_takes() -> None:
     theirs, images = randomize(T2T_ViT()), seeded_images(2, 64, 64)
     assert relative_error(t2t_fast.freeze(theirs)(images), theirs.eval()(images)) < 1e-5
@@ -133,6 +236,23 @@ def test_refusals() -> None:
         _compare(model, frozen)
 
 
-def test_explain_tells_of_a_frozen_model() -> None:
-    told = t2t_fast.explain(t2t_fast.freeze(small("t2t_vit_7"), torch.float64), seeded_images(2, 32, 32))
-    assert "linear" in told.backends()
+def test_weights_beyond_the_dtype() -> None:
+    model = small("t2t_vit_7")
+    with torch.no_grad():
+        model.head.weight.mul_(1e6)
+    with pytest.raises(RuntimeError, match=r"not finite in torch.float32 or in torch.float16, whose range"):
+        t2t_fast.freeze(model, torch.float16)
+    with pytest.raises(ValueError, match="model is on the meta device"):
+        t2t_fast.freeze(model.to("meta"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_explain_tells_of_a_frozen_model(dtype: torch.dtype) -> None:
+    frozen, images = t2t_fast.freeze(small("t2t_vit_7"), dtype), seeded_images(2, 32, 32)
+    told = t2t_fast.explain(frozen, images)
+    assert told.backends()["linear"] == told.backends()["layer_norm_linear"] == {"aten"}
+    if not why_not_packed(images.to(dtype), torch.zeros(1, dtype=dtype)):
+        assert "oneDNN, weights laid out" in str(told)
+    with t2t_fast.use_backend("reference"):
+        asked = t2t_fast.explain(frozen, images).backends()
+        assert set().union(*asked.values()) == {"reference"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -67,11 +69,48 @@ def test_it_replays_what_it_captured_and_nothing_else(recorded: list[int]) -> No
         assert reason in str(runner.reason(other))
     torch.testing.assert_close(runner(images[:3]), model(images[:3]))
     with t2t_fast.use_backend("reference"):
-        assert "autocast or the backend is another" in str(runner.reason(images))
+        assert "autocast, the backend or the precision" in str(runner.reason(images))
         torch.testing.assert_close(runner(images), model(images))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert "autocast or the backend is another" in str(runner.reason(images))
+        assert "autocast, the backend or the precision" in str(runner.reason(images))
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert "precision of float32 products is another" in str(runner.reason(images))
+    finally:
+        torch.set_float32_matmul_precision("highest")
     assert recorded == [4, 2]
+
+
+@torch.no_grad()
+def test_a_runner_that_was_moved_lets_go_of_its_graphs(recorded: list[int]) -> None:
+    runner, images = GraphRunner(make(), (size for size in (2,))), torch.randn(2, 3, 32, 32)
+    copied = copy.deepcopy(runner)
+    runner.double()
+    assert runner.notes == ["nothing to replay: the runner was moved or cast after the capture; make a new one"]
+    assert "make a new one" in str(runner.reason(images.double()))
+    runner(images.double())
+    assert recorded == []
+    copied(images)
+    assert recorded == [2]
+
+
+def test_copies_and_pickles_on_the_cpu() -> None:
+    runner, images = GraphRunner(make(), (1, 2)), torch.randn(2, 3, 32, 32)
+    for other in (copy.deepcopy(runner), pickle.loads(pickle.dumps(runner))):
+        assert torch.equal(other(images), runner(images))
+        assert "nothing to capture" in other.notes[0]
+
+
+def test_a_graph_keeps_the_tables_it_has_read() -> None:
+    model = t2t_fast.create_model("t2t_vit_7", img_size=32, depth=1, dynamic_img_size=True).eval()
+    with torch.no_grad():
+        model(torch.randn(1, 3, 48, 32))
+        (entry,) = model._tables.values()
+        kept = graph_runner._caches(nn.Sequential(model))
+        for side in range(48, 48 + 16 * 20, 16):
+            model(torch.randn(1, 3, 64, side))
+    assert all(known[2] is not entry[2] for known in model._tables.values())
+    assert kept[0].popitem()[1][2] is entry[2]
 
 
 @torch.no_grad()
@@ -100,6 +139,8 @@ def test_what_it_refuses() -> None:
         GraphRunner(make(), ["x"])
     with pytest.raises(ValueError, match=r"model is in training mode.*model\.eval\(\)"):
         GraphRunner(make().train())
+    with pytest.raises(ValueError, match=r"example must be one image .* got the shape \(1, 3, 32, 32\)"):
+        GraphRunner(make(), example=torch.zeros(1, 3, 32, 32))
     with pytest.raises(RuntimeError, match="train the model itself"):
         GraphRunner(make()).train()
     assert not GraphRunner(make()).eval().training
@@ -119,6 +160,20 @@ def test_replays_return_the_model_s_logits(dtype: torch.dtype) -> None:
         wanted.append(frozen(images))
     for got, want in zip(results, wanted, strict=True):  # after all calls: earlier results are left alone
         assert torch.equal(got, want)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_runner_made_under_autocast_and_inference_mode() -> None:
+    model = make("cuda")  # of float32 weights, which autocast casts and forgets
+    with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16):
+        runner = GraphRunner(model, [4])
+    junk = [torch.full((1 << 20,), float("nan"), device="cuda") for _ in range(64)]  # takes what was given back
+    del junk
+    images = torch.randn(4, 3, 32, 32, device="cuda")
+    with torch.autocast("cuda", torch.bfloat16):
+        assert runner.reason(images) is None
+        assert torch.equal(runner(images), model(images))
 
 
 @pytest.mark.gpu

@@ -10,6 +10,7 @@ import timm
 import torch
 from small_models import FAMILIES, MODELS, flat_gradients, relative_error, seeded_images, small
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import t2t_fast
@@ -134,6 +135,22 @@ def test_compile(name: str) -> None:
             other = seeded_images(batch, 32, 32)
             torch._dynamo.mark_dynamic(other, 0)
             assert relative_error(gradients(compiled, model, other), gradients(model, model, other)) < 1e-5
+
+
+@every_family
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.usefixtures("_fresh_compiler")
+def test_one_program_for_all_batches(name: str, train: bool) -> None:
+    """Without marked sizes: one program under dynamic=True, by default a second one for all batches but the first."""
+    for dynamic, programs in ((True, [1, 1, 1, 1]), (None, [1, 2, 2, 2])):
+        torch.compiler.reset()
+        model, counter, compiled_so_far = small(name).train(train), CompileCounter(), []
+        compiled = torch.compile(model, fullgraph=True, backend=counter, dynamic=dynamic)
+        for batch in (4, 8, 3, 16):
+            with torch.set_grad_enabled(train):
+                compiled(seeded_images(batch, 32, 32))
+            compiled_so_far.append(counter.frame_count)
+        assert compiled_so_far == programs
 
 
 @pytest.mark.usefixtures("_fresh_compiler")

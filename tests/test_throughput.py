@@ -64,6 +64,8 @@ def test_script(tmp_path: Path) -> None:
         assert len(row["seconds"]) == 2
         assert row["images_per_second"] > 0
         assert row["speed"] > 0
+        rate = result["operations_per_second"]["float32"]
+        assert row["of_product"] == pytest.approx(2 * row["macs"] * row["images_per_second"] / rate)
         assert (row["error"] is None) == (row["variant"] is None)
         assert row["baseline"] == "t2t_vit_7 reference"
     assert rows[0]["speed"] == 1.0
@@ -252,7 +254,17 @@ def test_variants_modes_and_precisions(throughput: ModuleType, tmp_path: Path) -
     assert status["training", "frozen"] == "cannot run: frozen is for inference"
     assert "has no 'native' implementation" in status["inference", "native"]
     assert "graphs are CUDA's" in status["inference", "cuda-graph"]
+    assert "has the precision of its weights" in status["inference", "aoti"]
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_exported_program_passes_the_gate(throughput: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "exported.json"
+    arguments = ["--models", "t2t_vit_7", "--variants", "frozen", "onnx", "--synthetic", "--no-plot"]
+    assert throughput.main([*TINY, *arguments, "--output", str(path)]) == 0
+    frozen, onnx = read(path)["rows"]
+    assert onnx["status"] == frozen["status"] == "ok"
+    assert 0 < onnx["error"] < onnx["tolerance"]
 
 
 def test_latency(throughput: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,11 +8,14 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from ..ops import linear
 from .attention import Attention
 from .branch import add_two_branches
 from .ghost import GhostAttention, GhostMlp
-from .mlp import Mlp, apply_linear
+from .mlp import Mlp, apply_linear, are_plain
 from .se import SEMlp
+
+torch.fx.wrap("linear")
 
 BLOCK_TYPES = ("standard", "se", "se_mlp", "ghost", "dense")
 
@@ -96,11 +99,14 @@ class DenseBlock(Block):
 class Transition(nn.Module):
     """Halves the channels between two dense stages: ``gelu(linear(x))``."""
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    def __init__(self, in_features: int, out_features: int, backend: str = "auto") -> None:
         super().__init__()
+        self.backend = backend
         self.linear = nn.Linear(in_features, out_features)
         self.act = nn.GELU()
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, in_features) to (B, N, out_features)."""
+        if are_plain(self.linear, self.act):
+            return linear(x, self.linear.weight, self.linear.bias, gelu=True, backend=self.backend)
         return self.act(self.linear(x))

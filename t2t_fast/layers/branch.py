@@ -9,7 +9,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from ..ops import add_layer_norm
-from .mlp import are_plain, is_watched
+from .mlp import are_plain, is_patched, is_watched
 
 torch.fx.wrap("add_layer_norm")
 
@@ -17,7 +17,8 @@ torch.fx.wrap("add_layer_norm")
 def add_branch(x: Tensor, branch: nn.Module, norm: nn.Module, drop_path: nn.Module | None = None) -> Tensor:
     """``x + drop_path(branch(norm(x)))``; a branch that can adds ``x`` in the last of its own passes.
 
-    Not where a forward hook wants to see what the branch alone returns, or ``drop_path`` is a module of another kind.
+    Not where a forward hook wants to see what the branch alone returns, its ``forward`` is not that of its class, or
+    ``drop_path`` is a module of another kind.
     """
     return _finish(x, branch, drop_path, *_prepare(x, branch, norm))
 
@@ -56,7 +57,9 @@ def _finish(x: Tensor, branch: nn.Module, drop_path: nn.Module | None, y: Tensor
 
 
 def _adds_residual(branch: nn.Module, drop_path: nn.Module | None) -> bool:
-    return _is_known(drop_path) and getattr(branch, "adds_residual", False) and not branch._forward_hooks
+    if not _is_known(drop_path) or branch._forward_hooks or is_patched(branch):
+        return False
+    return bool(getattr(branch, "adds_residual", False))
 
 
 def _is_known(drop_path: nn.Module | None) -> bool:

@@ -76,6 +76,14 @@ def are_plain(*modules: nn.Module) -> bool:
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether a hook sees what goes into the module, or what comes out of it, in either direction."""
+    """Whether a hook sees what goes into the module, or what comes out of it, in either direction.
+
+    So does a ``forward`` of the module's own, in place of its class's.
+    """
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks)
+    return any(hooks) or is_patched(module)
+
+
+def is_patched(module: nn.Module) -> bool:
+    """Whether somebody has set another ``forward`` on the module itself."""
+    return "forward" in module.__dict__

@@ -8,8 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops import soft_split_performer
+from ..ops import performer_attention, soft_split, soft_split_performer
+from .mlp import are_plain, is_watched
 
+torch.fx.wrap("performer_attention")
+torch.fx.wrap("soft_split")
 torch.fx.wrap("soft_split_performer")
 
 
@@ -70,6 +73,9 @@ class TokenPerformer(nn.Module):
 
     def forward(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Image (B, C, H, W), or tokens (B, H*W, C) with ``grid=(H, W)``, to tokens (B, L, token_dim)."""
+        parts = (self.norm1, self.kqv, self.proj, self.norm2, self.mlp[0], self.mlp[1], self.mlp[2])
+        if not are_plain(*parts) or any(map(is_watched, (self.dp, self.mlp, self.mlp[3]))):
+            return self._call_parts(x, grid)
         return soft_split_performer(
             x,
             self.kqv.weight,
@@ -94,3 +100,11 @@ class TokenPerformer(nn.Module):
             norm2_eps=self.norm2.eps,
             backend=self.backend,
         )
+
+    def _call_parts(self, x: Tensor, grid: tuple[int, int] | None) -> Tensor:
+        """The same module by module, for parts that somebody has replaced or watches."""
+        tokens = soft_split(x, *self.window, grid=grid, backend=self.backend)
+        k, q, v = self.kqv(self.norm1(tokens)).chunk(3, dim=-1)
+        y = performer_attention(k, q, v, self.w, eps=self.epsilon, backend=self.backend)
+        y = v + self.dp(self.proj(y))
+        return y + self.mlp(self.norm2(y))

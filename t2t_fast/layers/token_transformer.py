@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops import attention, soft_split_linear
+from ..ops import attention
 from .branch import add_branch
-from .mlp import Mlp
+from .mlp import Mlp, apply_linear
+from .split import split_linear
 
 torch.fx.wrap("attention")
-torch.fx.wrap("soft_split_linear")
 
 
 class TokenTransformer(nn.Module):
@@ -55,19 +55,8 @@ class TokenTransformer(nn.Module):
 
     def forward(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Image (B, C, H, W), or tokens (B, H*W, C) with ``grid=(H, W)``, to tokens (B, L, token_dim)."""
-        norm1, qkv = self.norm1, self.attn["qkv"]
-        qkv_tokens = soft_split_linear(
-            x,
-            qkv.weight,
-            qkv.bias,
-            norm1.weight,
-            norm1.bias,
-            *self.window,
-            grid=grid,
-            eps=norm1.eps,
-            backend=self.backend,
-        )
-        q, k, v = qkv_tokens.unsqueeze(1).chunk(3, dim=-1)
-        y = attention(q, k, v, self.scale, backend=self.backend)
-        y = (v + self.attn["proj"](y)).squeeze(1)
+        tokens = split_linear(x, self.attn["qkv"], self.norm1, self.window, grid, self.backend)
+        q, k, v = tokens.unsqueeze(1).chunk(3, dim=-1)
+        y = attention(q, k, v, self.scale, backend=self.backend).squeeze(1)
+        y = v.squeeze(1) + apply_linear(y, self.attn["proj"], self.backend)
         return add_branch(y, self.mlp, self.norm2)

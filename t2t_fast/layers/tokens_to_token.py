@@ -7,13 +7,12 @@ from torch import Tensor, nn
 
 from ..checks import check_tensor
 from ..dispatch import resolve_backend
-from ..ops import soft_split_linear
 from ..ops.soft_split import output_grid
+from .split import split_linear
 from .token_performer import TokenPerformer
 from .token_transformer import TokenTransformer
 
 torch.fx.wrap("check_images")
-torch.fx.wrap("soft_split_linear")
 
 TOKENS_TYPES = ("performer", "transformer", "convolution")
 # Kernel size, stride and padding of the soft splits.
@@ -98,8 +97,7 @@ class TokensToToken(nn.Module):
         first, second, _ = self.grids(x.shape[2], x.shape[3])
         x = self.attention1(x)
         x = self.attention2(x, first)
-        weight, bias = self.project.weight, self.project.bias
-        return soft_split_linear(x, weight, bias, None, None, *_LATER, grid=second, backend=self.backend)
+        return split_linear(x, self.project, None, _LATER, second, self.backend)
 
 
 def check_images(x: Tensor, in_chans: int) -> None:

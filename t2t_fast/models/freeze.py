@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+import math
+from collections import Counter
 from typing import Any
 
 import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from ..layers import Block, Transition
+from ..layers import Attention, Block, SEMlp, Transition
 from ..layers.ghost import GhostAttention, GhostMlp
-from ..layers.mlp import Mlp, are_plain
+from ..layers.mlp import Mlp, are_plain, is_watched
 from ..layers.packed_linear import PackedLinear
+from ..numerics import no_autocast
 from .optimize import optimize
 from .t2t_vit import T2TViT
 
@@ -21,7 +24,9 @@ _ACCEPTED = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, tor
 
 
 class FrozenT2TViT(nn.Module):
-    """What :func:`freeze` makes: images to logits, without gradients.
+    """What :func:`freeze` makes: images to logits, or to features, without gradients.
+
+    A module that holds it cannot ``train()`` either: keep a frozen teacher beside its student, not in it.
 
     Attributes:
         notes: What was done to the model, a line each, the agreement found on the probe batch last.
@@ -38,10 +43,28 @@ class FrozenT2TViT(nn.Module):
         """The dtype of the weights, and of the logits."""
         return self.model.cls_token.dtype
 
+    @property
+    def num_classes(self) -> int:
+        """Width of the logits."""
+        return self.model.num_classes
+
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) of any floating dtype to logits (B, num_classes)."""
-        return self.model(x.to(self.dtype) if x.is_floating_point() else x)
+        return self.model(self._cast(x))
+
+    @torch.no_grad()
+    def forward_features(self, x: Tensor) -> Tensor:
+        """As :meth:`T2TViT.forward_features`."""
+        return self.model.forward_features(self._cast(x))
+
+    @torch.no_grad()
+    def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As :meth:`T2TViT.forward_intermediates`."""
+        return self.model.forward_intermediates(self._cast(x), *args, **kwargs)
+
+    def _cast(self, x: Tensor) -> Tensor:
+        return x.to(self.dtype) if x.is_floating_point() else x
 
     def train(self, mode: bool = True) -> FrozenT2TViT:
         """Raises:
@@ -60,13 +83,14 @@ class FrozenT2TViT(nn.Module):
 def freeze(model: nn.Module, dtype: torch.dtype | None = None) -> FrozenT2TViT:
     """A copy of ``model`` for the fastest inference, with the same call.
 
-    The LayerNorms' weights and biases go into the Linears behind them, dropout and stochastic depth go, and weights are
-    cast once and, for a CPU, rearranged for its products. Before it is returned, its logits for a batch of noise are
-    compared with those of ``model``.
+    The blocks' LayerNorms' weights and biases go into the Linears behind them, dropout and stochastic depth go, and
+    weights are cast once and, for a CPU, rearranged for its products. Before it is returned, its logits for a batch of
+    noise are compared with those of ``model``.
 
     Args:
-        model: A :class:`T2TViT`, or whatever :func:`t2t_fast.optimize` makes one of. It is left as it is. Linears that
-            hooks watch, adapters wrap or quantisers have replaced are taken over as they are.
+        model: A :class:`T2TViT`, or whatever :func:`t2t_fast.optimize` makes one of. It is left as it is. Whatever
+            hooks watch, adapters wrap or quantisers have replaced is taken over as it is, and so are weights that
+            several modules share. One that is frozen already is returned, or copied to another ``dtype``.
         dtype: Of the weights and the logits; None keeps the model's.
 
     Returns:
@@ -74,17 +98,23 @@ def freeze(model: nn.Module, dtype: torch.dtype | None = None) -> FrozenT2TViT:
 
     Raises:
         TypeError: ``model`` is no T2T-ViT, or ``dtype`` no floating-point dtype.
-        RuntimeError: The logits differ by more than the dtype explains: a bug to report.
+        ValueError: ``model`` is on the meta device.
+        RuntimeError: The logits are not finite in ``dtype``; or they differ by more than it explains: a bug to report.
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in _ACCEPTED):
         raise TypeError(f"dtype must be one of {', '.join(map(str, _ACCEPTED))} or None, got {dtype!r}")
+    if isinstance(model, FrozenT2TViT):
+        return model if dtype in (None, model.dtype) else _recast(model, dtype)
     model = optimize(model)
+    if model.cls_token.is_meta:
+        raise ValueError("model is on the meta device, got no weights to freeze; load them first")
     twin = copy.deepcopy(model).eval().requires_grad_(False)
     notes = []
     own = model.cls_token.dtype
     dtype = own if dtype is None else dtype
     twin = twin.to(torch.promote_types(own, dtype))  # rounded to fewer bits only at the end
-    folded = sum(_fold_norms(block) for block in twin.blocks if isinstance(block, Block))
+    uses = Counter(id(parameter) for _, parameter in twin.named_parameters(remove_duplicate=False))
+    folded = sum(_fold_norms(block, uses) for block in twin.blocks if isinstance(block, Block))
     notes.append(f"{folded} LayerNorms folded into the Linears behind them")
     removed = _remove_dropout(twin)
     if removed:
@@ -99,34 +129,54 @@ def freeze(model: nn.Module, dtype: torch.dtype | None = None) -> FrozenT2TViT:
     return frozen
 
 
-def _fold_norms(block: Block) -> int:
-    """Fold the block's two norms; returns how many could be."""
-    attn: Any = block.attn
-    mlp: Any = block.mlp
-    behind_norm1 = (attn.q, attn.k, attn.v) if isinstance(attn, GhostAttention) else (attn.qkv,)
+def _recast(frozen: FrozenT2TViT, dtype: torch.dtype) -> FrozenT2TViT:
+    """A copy in another dtype."""
+    other = copy.deepcopy(frozen).to(dtype)
+    other.notes[-1:] = [f"weights cast from {frozen.dtype} to {dtype}", _compare(frozen.model, other)]
+    return other
+
+
+def _fold_norms(block: Block, uses: Counter[int]) -> int:
+    """Fold the block's two norms; returns how many could be.
+
+    Not where somebody watches what lies in between, or the Linear's weights, of which ``uses`` counts the owners, serve
+    elsewhere too.
+    """
     folded = 0
-    for name, linears in (("norm1", behind_norm1), ("norm2", (mlp.fc1,))):
-        norm: Any = block.get_submodule(name)
+    for norm_name, branch_name in (("norm1", "attn"), ("norm2", "mlp")):
+        norm: Any = block.get_submodule(norm_name)
+        branch: Any = block.get_submodule(branch_name)
+        linears = _behind(branch)
+        alone = all(uses[id(parameter)] == 1 for linear in linears for parameter in linear.parameters())
         plain = isinstance(norm, nn.LayerNorm) and norm.elementwise_affine
-        if plain and are_plain(norm, *linears):
+        if plain and linears and alone and are_plain(norm, *linears) and not is_watched(branch):
             for linear in linears:
                 _fold(norm, linear)
-            setattr(block, name, nn.LayerNorm(norm.normalized_shape, norm.eps, elementwise_affine=False))
+            setattr(block, norm_name, nn.LayerNorm(norm.normalized_shape, norm.eps, elementwise_affine=False))
             folded += 1
     return folded
 
 
+def _behind(branch: Any) -> list[Any]:
+    """The Linears that a branch calls first, on what it was called with; none if it is no branch of ours."""
+    if type(branch) is GhostAttention:
+        return [branch.q, branch.k, branch.v]
+    if type(branch) is Attention:
+        return [branch.qkv]
+    return [branch.fc1] if type(branch) in (Mlp, SEMlp, GhostMlp) else []
+
+
 @torch.no_grad()
 def _fold(norm: Any, linear: Any) -> None:
-    """W (gamma z + beta) + b = (W gamma) z + (W beta + b)."""
-    weight = linear.weight.double()
+    """W (gamma z + beta) + b = (W gamma) z + (W beta + b), on the CPU: not every device has float64."""
+    weight = linear.weight.cpu().double()
     if norm.bias is not None:
-        offset = weight @ norm.bias.double()
+        offset = weight @ norm.bias.cpu().double()
         if linear.bias is not None:
-            linear.bias.copy_(linear.bias.double() + offset)
+            linear.bias.copy_(linear.bias.cpu().double() + offset)
         else:
-            linear.bias = nn.Parameter(offset.to(linear.weight.dtype), requires_grad=False)
-    linear.weight.copy_(weight * norm.weight.double())
+            linear.bias = nn.Parameter(offset.to(linear.weight), requires_grad=False)
+    linear.weight.copy_(weight * norm.weight.cpu().double())
 
 
 def _remove_dropout(model: nn.Module) -> int:
@@ -134,7 +184,7 @@ def _remove_dropout(model: nn.Module) -> int:
     removed = 0
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Dropout | DropPath):
+            if isinstance(child, nn.Dropout | DropPath) and not is_watched(child):
                 removed += (child.p if isinstance(child, nn.Dropout) else child.drop_prob or 0) > 0
                 setattr(parent, name, nn.Identity())
     return removed
@@ -156,13 +206,11 @@ def _pack(module: nn.Module, backend: str) -> int:
         count += 1
 
     if isinstance(module, Block):
-        for name in ("qkv", "q", "k", "v", "proj"):
-            replace(module.attn, name)
-        if isinstance(module.mlp, Mlp):
-            replace(module.mlp, "fc1", "act")
-            replace(module.mlp, "fc2")
-        elif isinstance(module.mlp, GhostMlp):
-            replace(module.mlp, "fc1")
+        if type(module.attn) in (Attention, GhostAttention):
+            for name in ("qkv", "q", "k", "v", "proj"):
+                replace(module.attn, name)
+        if type(module.mlp) in (Mlp, GhostMlp):
+            replace(module.mlp, "fc1", "act" if type(module.mlp) is Mlp else None)
             replace(module.mlp, "fc2")
         replace(module, "dense_linear")
     elif isinstance(module, Transition):
@@ -172,22 +220,34 @@ def _pack(module: nn.Module, backend: str) -> int:
     return count
 
 
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """``|got - want| / |want|``, in float64 on the CPU."""
+    got, want = got.cpu().double(), want.cpu().double()
+    return ((got - want).norm() / want.norm().clamp_min(1e-30)).item()
+
+
 @torch.no_grad()
 def _compare(model: T2TViT, frozen: FrozenT2TViT) -> str:
     """Logits of both for two images of noise; returns what was found."""
     like = model.cls_token
     generator = torch.Generator().manual_seed(0)
     shape = (2, model.tokens_to_token.in_chans, *model.img_size)
-    images = torch.randn(shape, generator=generator).to(like.device, like.dtype)
+    images = torch.randn(shape, generator=generator, device="cpu").to(like.device, like.dtype)
     training = [module for module in model.modules() if module.training]
-    try:
-        want = model.eval()(images).double()
-    finally:
-        for module in training:
-            module.training = True
-    error = ((frozen(images).double() - want).norm() / want.norm().clamp_min(1e-30)).item()
+    with no_autocast(images):
+        try:
+            want = model.eval()(images)
+        finally:
+            for module in training:
+                module.training = True
+        error = relative_error(frozen(images), want)
     accepted = max(_ACCEPTED[like.dtype], _ACCEPTED[frozen.dtype])
-    if not error <= accepted:
+    if not math.isfinite(error):
+        raise RuntimeError(
+            f"the logits of a probe batch are not finite in {like.dtype} or in {frozen.dtype}, whose range may be too "
+            "small for these weights; take torch.bfloat16 or torch.float32"
+        )
+    if error > accepted:
         raise RuntimeError(
             f"freezing changed the logits of a probe batch by {error:.1e} of their norm, more than the {accepted:.0e} "
             f"that {frozen.dtype} explains: please report it"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..checks import check_count
 from ..dispatch import resolve_backend
+from ..numerics import ieee_float32
 from .freeze import FrozenT2TViT
 from .t2t_vit import T2TViT
 
@@ -22,9 +23,10 @@ class GraphRunner(nn.Module):
 
     A small batch keeps a GPU busy for less time than it takes to launch its kernels one by one; a graph launches them
     all at once. The graphs are captured here and share one pool of memory. A batch of another size, shape, dtype or
-    device, and calls under another autocast or backend than the runner was made under, call the model as it is, and so
-    does everything on devices other than CUDA: :meth:`reason` tells. Results are copies, which later calls leave alone.
-    Weights may be changed in place; whoever moves or replaces them makes a new runner.
+    device, and calls under another autocast, backend or precision of float32 products than the runner was made under,
+    call the model as it is, and so does everything on devices other than CUDA: :meth:`reason` tells. Results are
+    copies, which later calls leave alone. Weights may be changed in place. Moving or casting the runner lets go of the
+    graphs; whoever replaces a weight makes a new runner. Copies and pickles capture anew.
 
     Args:
         model: For inference, best a frozen one; a module that maps a batch of images to one tensor.
@@ -36,13 +38,16 @@ class GraphRunner(nn.Module):
 
     Raises:
         TypeError: No ``example`` for a model that does not tell its own, or arguments of another type.
-        ValueError: The model is in training mode, or a batch size is below 1.
+        ValueError: The model is in training mode, a batch size is below 1, or ``example`` is not one image.
     """
 
     def __init__(self, model: nn.Module, batch_sizes: Sequence[int] = (1,), example: Tensor | None = None) -> None:
         super().__init__()
-        for size in batch_sizes:
+        self._batch_sizes = tuple(batch_sizes)
+        for size in self._batch_sizes:
             check_count("batch_sizes", size, 1)
+        if example is not None and example.dim() != 3:
+            raise ValueError(f"example must be one image (in_chans, H, W), got the shape {tuple(example.shape)}")
         if any(module.training for module in model.modules()):
             raise ValueError("model is in training mode: graphs are for inference, call model.eval() first")
         self.model = model
@@ -50,7 +55,7 @@ class GraphRunner(nn.Module):
         self._example = _example_for(model) if example is None else example.detach()
         self._conditions = _conditions(self._example.device)
         self._obstacle = _obstacle(self._example.device)
-        sizes = sorted(set(batch_sizes), reverse=True)  # the largest first: the others fit into its memory
+        sizes = sorted(set(self._batch_sizes), reverse=True)  # the largest first: the others fit into its memory
         self._replays = {} if self._obstacle else _capture(self.model, self._example, sizes)
         self._lock = threading.Lock()
         self.notes = [f"batches of {size}: captured" for size in self._replays]
@@ -72,7 +77,7 @@ class GraphRunner(nn.Module):
         if images.shape[0] not in self._replays:
             return f"batches of {images.shape[0]} were not captured, only of {', '.join(map(str, self._replays))}"
         if _conditions(images.device) != self._conditions:
-            return "autocast or the backend is another than at the capture"
+            return "autocast, the backend or the precision of float32 products is another than at the capture"
         if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
             return "a compiler, or another capture, is recording"
         return None
@@ -92,6 +97,16 @@ class GraphRunner(nn.Module):
         if mode:
             raise RuntimeError("graphs are for inference; train the model itself, and make a new runner")
         return super().train(False)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> GraphRunner:
+        if self._replays:  # recorded addresses are about to be given back
+            self._replays = {}
+            self._obstacle = "the runner was moved or cast after the capture; make a new one"
+            self.notes = [f"nothing to replay: {self._obstacle}"]
+        return super()._apply(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.model, self._batch_sizes, self._example)
 
     def extra_repr(self) -> str:
         return "\n".join(self.notes)
@@ -114,12 +129,27 @@ def _obstacle(device: torch.device) -> str | None:
 def _conditions(device: torch.device) -> tuple[Any, ...]:
     """What a recorded run depends on besides its input."""
     autocast = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
-    return autocast, torch.get_autocast_dtype(device.type) if autocast else None, resolve_backend()
+    dtype = torch.get_autocast_dtype(device.type) if autocast else None
+    return autocast, dtype, resolve_backend(), ieee_float32()
 
 
+def _caches(model: nn.Module) -> list[Any]:
+    """What the models have computed once and may drop again, for a graph to keep alive: it has recorded addresses."""
+    return [dict(module._tables) for module in model.modules() if isinstance(module, T2TViT)]
+
+
+@torch.inference_mode(False)  # the graphs' inputs are written to in any mode later
 @torch.no_grad()
 def _capture(model: nn.Module, example: Tensor, sizes: Sequence[int]) -> dict[int, Callable[[Tensor], Tensor]]:
     """For each batch size, a function that replays ``model`` on images like ``example``, and copies the result."""
+    autocast, dtype, *_ = _conditions(example.device)
+    # Autocast drops its copies of the weights when its region ends; a graph must make its own.
+    with torch.autocast(example.device.type, dtype, enabled=autocast, cache_enabled=False):
+        torch.clear_autocast_cache()
+        return _record_all(model, example, sizes)
+
+
+def _record_all(model: nn.Module, example: Tensor, sizes: Sequence[int]) -> dict[int, Callable[[Tensor], Tensor]]:
     done = torch.cuda.Event()  # of the previous call, on whatever stream: all graphs use the same memory
     pool: Any = None
 
@@ -136,8 +166,9 @@ def _capture(model: nn.Module, example: Tensor, sizes: Sequence[int]) -> dict[in
         with torch.cuda.graph(graph, pool=pool):
             logits = model(images)
         pool = graph.pool()
+        kept = _caches(model)
 
-        def replay(new: Tensor) -> Tensor:
+        def replay(new: Tensor, kept: Any = kept) -> Tensor:
             with torch.cuda.device(example.device):
                 current = torch.cuda.current_stream()
                 current.wait_event(done)

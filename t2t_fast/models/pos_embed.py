@@ -11,12 +11,15 @@ TableCache = dict[tuple[object, ...], tuple[Tensor, int, Tensor]]
 
 
 def sinusoid_table(num_positions: int, dim: int) -> Tensor:
-    """The table of "Attention is all you need" §3.5, (1, num_positions, dim) float32: sine at even, cosine at odd."""
-    position = torch.arange(num_positions, dtype=torch.float64).unsqueeze(1)
-    exponent = 2 * torch.arange(dim, dtype=torch.float64).div(2, rounding_mode="floor") / dim
+    """The table of "Attention is all you need" §3.5, (1, num_positions, dim) float32: sine at even, cosine at odd.
+
+    On the default device; computed on the CPU, for not every device has float64.
+    """
+    position = torch.arange(num_positions, dtype=torch.float64, device="cpu").unsqueeze(1)
+    exponent = 2 * torch.arange(dim, dtype=torch.float64, device="cpu").div(2, rounding_mode="floor") / dim
     angle = position / 10000**exponent
-    table = torch.where(torch.arange(dim) % 2 == 0, angle.sin(), angle.cos())
-    return table.float().unsqueeze(0)
+    table = torch.where(torch.arange(dim, device="cpu") % 2 == 0, angle.sin(), angle.cos())
+    return table.float().unsqueeze(0).to(torch.get_default_device())
 
 
 def resize_table(table: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:

@@ -40,7 +40,7 @@ class T2TViTDense(T2TViT):
         width, rates = self.embed_dim, iter(drop_path_rates)
         for stage, num_blocks in enumerate(self.block_config):
             if stage > 0:
-                blocks.append(Transition(width, width // 2))
+                blocks.append(Transition(width, width // 2, self.backend))
                 width //= 2
             for _ in range(num_blocks):
                 blocks.append(make_block(width, self.growth_rate, drop_path=next(rates)))

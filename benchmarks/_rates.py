@@ -1,0 +1,47 @@
+"""What a device can do at best: the rates of a large copy and of a large matrix product, measured where it counts."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from t2t_fast import ops
+
+
+def median_seconds(function: Callable[[], Any], device: torch.device, least: int = 5) -> float:
+    """Of one call, warm: on CUDA by events with the L2 cache emptied in between, elsewhere by the wall clock."""
+    if device.type == "cuda":
+        from triton.testing import do_bench
+
+        return float(do_bench(function, return_mode="median")) / 1e3
+    times: list[float] = []
+    function()
+    started = time.perf_counter()
+    while len(times) < least or (len(times) < 100 and time.perf_counter() - started < 0.5):
+        before = time.perf_counter()
+        function()
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
+        times.append(time.perf_counter() - before)
+    return statistics.median(times)
+
+
+def bytes_per_second(device: torch.device) -> float:
+    """Of a large copy, read and written."""
+    source = torch.ones(2**28 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device)
+    target = torch.ones_like(source)
+    return 2 * source.numel() / median_seconds(lambda: target.copy_(source), device)
+
+
+@torch.no_grad()
+def operations_per_second(dtype: torch.dtype, device: torch.device) -> float:
+    """Of a large matrix product, two for each multiply-accumulate, by the better of the libraries at hand."""
+    side = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
+    # Where the plain product is not the library's best, ops.linear is.
+    products: list[Callable[[], Any]] = [lambda: a @ b, lambda: ops.linear(a[None], b, None)]
+    return 2 * side**3 / min(median_seconds(product, device) for product in products)

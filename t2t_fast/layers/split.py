@@ -1,0 +1,37 @@
+"""A soft split and the Linear behind it, whatever has become of that."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops import soft_split, soft_split_linear
+from .mlp import are_plain
+
+torch.fx.wrap("soft_split")
+torch.fx.wrap("soft_split_linear")
+
+
+def split_linear(
+    x: Tensor, linear: Any, norm: Any, window: tuple[int, int, int], grid: tuple[int, int] | None, backend: str
+) -> Tensor:
+    """``linear(norm(soft_split(x)))``, (B, L, out); as one op, unless one of both was replaced or is watched.
+
+    Args:
+        x: Image (B, C, H, W), or tokens (B, H*W, C) with ``grid=(H, W)``.
+        linear: The Linear.
+        norm: The LayerNorm in between, or None.
+        window: Kernel size, stride and padding.
+        grid: Height and width of a token grid.
+        backend: Passed to the ops.
+    """
+    if not are_plain(linear, *(() if norm is None else (norm,))):
+        tokens = soft_split(x, *window, grid=grid, backend=backend)
+        return linear(tokens if norm is None else norm(tokens))
+    options: dict[str, Any] = {"grid": grid, "backend": backend}
+    if norm is None:
+        return soft_split_linear(x, linear.weight, linear.bias, None, None, *window, **options)
+    options["eps"] = norm.eps
+    return soft_split_linear(x, linear.weight, linear.bias, norm.weight, norm.bias, *window, **options)
