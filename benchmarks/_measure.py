@@ -21,6 +21,7 @@ import t2t_fast
 # products: three to five times what rounding alone leaves, in any T2T-ViT.
 TOLERANCES = {torch.float32: 5e-6, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 GRADIENT_TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 1e-1, torch.float16: 2e-2}
+WORST_TENSOR = 0.5  # of a single gradient: what is missing or of another's place is off by 1 or more
 TF32_TOLERANCES = {"inference": 4e-3, "training": 2e-2}  # as many digits as float16
 MIN_REPEATS, MAX_REPEATS = 5, 100
 SETTLED = 0.05  # two runs in a row that differ by less: warm
@@ -70,11 +71,12 @@ class Oracle:
     def __init__(self, images: Tensor, device: torch.device, seed: int) -> None:
         self.images, self.device, self.seed = images, device, seed
         self._weights: dict[tuple[str, int], dict[str, Tensor]] = {}
-        self._answers: dict[tuple[Any, ...], Tensor] = {}
+        self._answers: dict[tuple[Any, ...], list[Tensor]] = {}
 
     def count(self, row: Row) -> int:
-        """How many images of the row's batch are compared: float64 takes its time on a CPU."""
-        return min(row.batch_size, 8 if self.device.type == "cpu" else 32, 4 if row.mode == "training" else 32)
+        """How many images of the row's batch are compared, a divisor of it: float64 takes its time on a CPU."""
+        most = min(8 if self.device.type == "cpu" else 32, 4 if row.mode == "training" else 32)
+        return max(size for size in range(1, most + 1) if row.batch_size % size == 0)
 
     def weights(self, row: Row) -> dict[str, Tensor] | None:
         if not _models.is_ours(row.model):
@@ -84,7 +86,7 @@ class Oracle:
             self._weights[key] = _models.random_weights(*key, self.seed)
         return self._weights[key]
 
-    def answer(self, row: Row) -> Tensor:
+    def answer(self, row: Row) -> list[Tensor]:
         """The exact result for the first images, with weights and images rounded as the row has them."""
         count = self.count(row)
         key = (row.model, row.img_size, row.mode, row.weight_dtype, count)
@@ -99,22 +101,39 @@ class Oracle:
 
 
 @torch.no_grad()
-def _logits(model: nn.Module, images: Tensor) -> Tensor:
-    return model(images).double().cpu()
+def _logits(model: nn.Module, images: Tensor) -> list[Tensor]:
+    return [model(images).cpu().double()]
 
 
-def gradients(model: nn.Module, images: Tensor) -> Tensor:
-    """Gradients of all parameters for a fixed loss, without dropout, as one vector."""
+def gradients(model: nn.Module, images: Tensor) -> list[Tensor]:
+    """Gradients of all parameters for a fixed loss, without dropout."""
     model.eval()
     model.zero_grad(set_to_none=True)
-    model(images).double().square().mean().backward()
-    found = [p.grad.double().flatten().cpu() for p in model.parameters() if p.grad is not None]
+    logits = model(images)
+    logits.to(torch.promote_types(logits.dtype, torch.float32)).square().mean().backward()
+    found = [p.grad.cpu().double() for p in model.parameters() if p.grad is not None]
     model.zero_grad(set_to_none=True)
-    return torch.cat(found)
+    return found
 
 
-def prepare(rows: Sequence[Row], oracle: Oracle, report: Report) -> list[Row]:
-    """Build, check and warm up each row; those that may be timed are returned, the others' status tells why not."""
+def errors(got: Sequence[Tensor], want: Sequence[Tensor]) -> tuple[float, float]:
+    """Relative norm of the difference, of all tensors together and of the worst one; NaN where one is not finite.
+
+    Tensors of less than 1e-3 of the whole norm are all rounding in 16 bits, and count in the first alone.
+    """
+    if [t.shape for t in got] != [t.shape for t in want]:
+        return math.nan, math.nan
+    differences = torch.stack([(g - w).norm() for g, w in zip(got, want, strict=True)])
+    norms = torch.stack([w.norm() for w in want])
+    matter = norms >= 1e-3 * norms.norm()
+    return (differences.norm() / norms.norm()).item(), (differences / norms)[matter].max().item()
+
+
+def prepare(rows: Sequence[Row], oracle: Oracle, report: Report, keep: Callable[[], None] = lambda: None) -> list[Row]:
+    """Build, check and warm up each row; those that may be timed are returned, the others' status tells why not.
+
+    ``keep`` is called after each.
+    """
     ready = []
     for done, row in enumerate(rows):
         report(f"preparing {row.label}", done, len(rows))
@@ -127,6 +146,7 @@ def prepare(rows: Sequence[Row], oracle: Oracle, report: Report) -> list[Row]:
                 ready.append(row)
         if row.status != "pending":
             row.drop()
+        keep()
     return [row for row in ready if row.status == "pending"]
 
 
@@ -135,18 +155,19 @@ def guarded(row: Row) -> Iterator[None]:
     """Turns what keeps one row from running into its status; the others go on."""
     try:
         yield
+    except UsageError:
+        raise
     except (CannotRun, t2t_fast.BackendUnavailable) as error:
         row.status = f"cannot run: {' '.join(str(error).split())}"
-    except torch.OutOfMemoryError:
-        row.status = "out of memory"
-    except RuntimeError as error:
-        if "allocate memory" not in str(error) and "out of memory" not in str(error):
-            raise
-        row.status = "out of memory"
+    except Exception as error:  # whatever a compiler, a driver or another's model says
+        text = " ".join(str(error).split())
+        lacks_memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in text
+        row.status = "out of memory" if lacks_memory else f"failed: {type(error).__name__}: {text[:200]}"
     if row.status == "out of memory":
         row.drop()
         if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+            with contextlib.suppress(RuntimeError):  # after an error that nothing on the device survives
+                torch.cuda.empty_cache()
 
 
 def batch_for(row: Row, oracle: Oracle) -> Tensor:
@@ -158,31 +179,53 @@ def batch_for(row: Row, oracle: Oracle) -> Tensor:
 
 
 def check(row: Row, oracle: Oracle, images: Tensor) -> None:
-    """Compare the row's logits, or its gradients, with the exact ones; models that are not ours only have to run.
+    """Compare the row's logits, or its gradients, with the exact ones, on batches as they will be timed.
 
-    A row whose error exceeds the tolerance, or is not a number, gets the status "wrong".
+    Of models that are not ours results have to be finite and, compiled, those of the model as it is. A row whose error
+    exceeds the tolerance, or is not a number, gets the status "wrong".
     """
     assert row.module is not None and row.step is not None
     if oracle.weights(row) is None:
-        row.step(images)
+        _check_foreign(row, oracle, images)
         return
     with precision_of(row, oracle.device):
         explained = t2t_fast.explain(_explicable(row.module), images[:2]).backends()
     row.ops = {op: sorted(ran) for op, ran in explained.items()}
     exact, count = oracle.answer(row), oracle.count(row)
     if row.mode == "training":
+        repeated = images[:count].repeat(row.batch_size // count, 1, 1, 1)  # whose gradients are those of one of each
         with precision_of(row, oracle.device):
-            got = gradients(row.module, images[:count])
+            got = gradients(row.module, repeated)
         row.tolerance = GRADIENT_TOLERANCES[row.product_dtype]
     else:
-        got = row.step(images)[:count].double().cpu()
-        row.top1 = (got.argmax(1) == exact.argmax(1)).double().mean().item()
+        logits = row.step(images)
+        got = [logits[:count].cpu().double()]
         row.tolerance = TOLERANCES[row.product_dtype]
     if row.precision == "tf32":
         row.tolerance = TF32_TOLERANCES[row.mode]
-    row.error = ((got - exact).norm() / exact.norm()).item()
-    if not row.error <= row.tolerance:  # a NaN does not pass
+    row.error, worst = errors(got, exact)
+    if not (row.error <= row.tolerance and worst <= max(row.tolerance, WORST_TENSOR)):  # a NaN does not pass
         row.status = "wrong"
+    elif row.mode == "inference":
+        row.top1 = (got[0].argmax(1) == exact[0].argmax(1)).double().mean().item()
+
+
+def _check_foreign(row: Row, oracle: Oracle, images: Tensor) -> None:
+    assert row.module is not None and row.step is not None
+    result = row.step(images)
+    if result is None:  # training
+        finite = all(bool(p.isfinite().all()) for p in row.module.parameters())
+        row.status = row.status if finite else "wrong"
+        return
+    row.status = row.status if bool(result.isfinite().all()) else "wrong"
+    plain = getattr(row.module, "_orig_mod", None)
+    if plain is not None:
+        with torch.no_grad(), precision_of(row, oracle.device):
+            want = plain(images)
+        row.tolerance = 2 * (TF32_TOLERANCES["inference"] if row.precision == "tf32" else TOLERANCES[row.product_dtype])
+        row.error, _ = errors([result.cpu().double()], [want.cpu().double()])
+        if not row.error <= row.tolerance:
+            row.status = "wrong"
 
 
 def _explicable(module: nn.Module) -> nn.Module:
@@ -279,7 +322,7 @@ def _finished() -> float:
 
 
 def largest_batch(row: Row, oracle: Oracle, limit: int = 1 << 16) -> int:
-    """The largest batch that a built row can take: doubled until memory runs out, then halved in between."""
+    """The largest batch that a row can take: doubled until memory runs out, then halved in between; 0 for none."""
 
     def fits(size: int) -> bool:
         trial = Row(**{**row.__dict__, "batch_size": size, "status": "pending", "seconds": []})
@@ -287,6 +330,8 @@ def largest_batch(row: Row, oracle: Oracle, limit: int = 1 << 16) -> int:
             build(trial, oracle.weights(trial), oracle.device, oracle.seed)
             time_step(trial, batch_for(trial, oracle))
         trial.drop()
+        if trial.status not in ("pending", "out of memory"):
+            row.status = trial.status
         return trial.status == "pending"
 
     low, high = 0, 1
@@ -311,6 +356,7 @@ def best_batch(row: Row, oracle: Oracle, limit: int) -> int:
             best, best_rate, falls = (size, rate, 0) if rate > best_rate else (best, best_rate, falls + 1)
         trial.drop()
         if trial.status != "pending":
+            row.status = trial.status if size == 1 else "pending"
             break
         size *= 2
     return best
@@ -329,7 +375,7 @@ def figures(row: Row) -> dict[str, Any]:
         "tolerance": row.tolerance,
         "top1": row.top1,
         "status": row.status,
-        "passed": row.status != "wrong",
+        "passed": row.status != "wrong" and not row.status.startswith("failed"),
         "images_per_second": statistics.median(rates) if rates else None,
         "spread": (quartiles[2] - quartiles[0]) / 2 if quartiles else None,
         "ms_per_batch": 1000 * statistics.median(row.seconds) if rates else None,

@@ -6,9 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
+from _terminal import SIMPLE_HEAD, Console, Table
 
 WIDTH = 120  # of the table
 _SAME = ("mode", "precision", "batch_size", "img_size")
@@ -51,9 +49,13 @@ def show(result: dict[str, Any]) -> None:
         )
     for row in rows:
         if row["status"] == "wrong":
+            limit = row["tolerance"]
+            found = "not finite" if limit is None else f"error {_error(row)}, accepted up to {limit:.0e}"
+            if limit is not None and row["error"] is not None and row["error"] <= limit:
+                found += ", but one of the gradients is wrong"
             console.print(
-                f"WRONG: {row['model']} {row['variant']}, {row['mode']} in {row['precision']}: error {_error(row)}, "
-                f"accepted up to {row['tolerance']:.0e}; its speed was not measured.",
+                f"WRONG: {row['model']} {row['variant'] or ''}, {row['mode']} in {row['precision']}: {found}; its speed "
+                "was not measured.",
                 style="bold red",
             )
         elif row["status"] != "ok":

@@ -60,6 +60,7 @@ class Row:
     seconds: list[float] = field(default_factory=list)
     module: nn.Module | None = None
     step: Callable[[Tensor], Any] | None = None
+    images: Tensor | None = None
 
     @property
     def label(self) -> str:
@@ -79,8 +80,8 @@ class Row:
         return product_dtype(self.precision)
 
     def drop(self) -> None:
-        """Let go of the model."""
-        self.module = self.step = None
+        """Let go of the model and its images."""
+        self.module = self.step = self.images = None
 
 
 def build(row: Row, weights: dict[str, Tensor] | None, device: torch.device, seed: int) -> None:
@@ -109,7 +110,10 @@ def build(row: Row, weights: dict[str, Tensor] | None, device: torch.device, see
     if variant in FROZEN:
         module = t2t_fast.freeze(model)
     if variant.startswith("compiled"):
-        module = torch.compile(module)
+        # The timed graph must be the checked one, for this batch, and never, unnoticed, the model as it is.
+        torch._dynamo.config.recompile_limit = 1000  # all models share their code's cache
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
+        module = torch.compile(module, dynamic=False)
     if variant == "cuda-graph":
         with precision_of(row, device):
             module = t2t_fast.GraphRunner(module, [row.batch_size])

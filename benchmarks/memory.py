@@ -19,9 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from _common import OneLineParser, UsageError, command_line, positive_int, result_path, write_json
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
+from _terminal import Console, Table, track
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # an uninstalled checkout; an installed package comes first
 

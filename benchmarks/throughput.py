@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import shlex
 import sys
@@ -22,8 +23,7 @@ from _common import (
     result_path,
     write_json,
 )
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from _terminal import BarColumn, Console, Progress, TextColumn, TimeRemainingColumn
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # an uninstalled checkout; an installed package comes first
 
@@ -34,6 +34,7 @@ DEFAULT_VARIANTS = {"inference": ("reference", "auto", "frozen"), "training": ("
 PRECISIONS = ("auto", "float32", "tf32", "bfloat16", "float16", "autocast-bfloat16", "autocast-float16")
 BATCH_SIZES = {"cpu": 16, "cuda": 128}
 LATENCY_REPEATS = 100
+MAX_IMG_SIZE = 4096
 SEED = 0
 
 EXAMPLES = """\
@@ -109,6 +110,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--resume", type=Path, metavar="JSON", help="measure what is missing in this file, with its own arguments")
     add("--no-plot", action="store_true", help="no picture beside the result file")
     options = parser.parse_args(argv)
+    if options.resume and len(argv) > (1 if argv[0].startswith("--resume=") else 2):
+        parser.error("--resume: goes on with the arguments in the file; leave all others out")
+    if max(options.img_size) > MAX_IMG_SIZE:
+        parser.error(f"--img-size: got {max(options.img_size)}; accepted: up to {MAX_IMG_SIZE}")
     if options.latency and options.batch_size:
         parser.error("--latency: measures batches of 1; leave --batch-size out")
     if options.with_loader and options.images is None:
@@ -134,7 +139,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         show(result)
         assert path is not None
-        pictures = [] if options.no_plot else plot_macs(result["rows"], result["hardware"], path)
+        plain = "--no-plot" in shlex.split(result["command"])  # a resumed run's, too
+        pictures = [] if plain else plot_macs(result["rows"], result["hardware"], path)
     except UsageError as error:
         print(f"throughput.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -159,9 +165,10 @@ def measure(
     started, date = time.perf_counter(), datetime.now().astimezone()
     before = None if options.resume is None else read_json("--resume", options.resume)
     if before is not None:
+        _check_whole(options.resume, before)
         argv = shlex.split(before["command"])[2:]
         resumed, options = options, parse_arguments(argv)
-        options.output, options.no_plot = resumed.resume, resumed.no_plot
+        options.output, options.resume = resumed.resume, resumed.resume
     with _progress() as progress:
         task = progress.add_task("loading torch and timm", total=None)
 
@@ -234,6 +241,7 @@ def measure(
                 asked = {id(row): (*row.key[:4], str(size), img_size) for row in rows}
                 rows = [row for row in rows if asked[id(row)] not in done]
                 torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+                torch.backends.cudnn.allow_tf32 = precision == "tf32"  # convolutions have a switch of their own
                 if precision not in result["operations_per_second"]:
                     report("a large matrix product", number, len(kinds))
                     rate = _rates.operations_per_second(product_dtype(precision), device)
@@ -245,25 +253,32 @@ def measure(
                         search = _measure.largest_batch if size == "max" else _measure.best_batch
                         row.batch_size = search(row, oracle, *([] if size == "max" else [1024]))
                         if row.batch_size == 0:
-                            row.status, row.batch_size = "out of memory", 1
-                ready = _measure.prepare([row for row in rows if row.status == "pending"], oracle, report)
-                batches = {row.key: _measure.batch_for(row, oracle) for row in ready}
+                            row.batch_size = 1
+                            row.status = "out of memory" if row.status == "pending" else row.status
                 loader = Loader(options.images, img_size, device) if options.with_loader else None
 
-                def seconds_of(row: Any, loader: Any = loader, batches: Any = batches) -> float:
+                def seconds_of(row: Any, loader: Any = loader, oracle: Any = oracle) -> float:
                     if loader is None:
-                        return _measure.time_step(row, batches[row.key])
+                        if row.images is None:
+                            row.images = _measure.batch_for(row, oracle)
+                        return _measure.time_step(row, row.images)
                     return _measure.time_stream(
                         row, lambda row: loader.next(row.batch_size, row.weight_dtype), loader.ahead
                     )
 
+                # Two of the largest batches do not fit at once.
+                groups = [[row] for row in rows] if size == "max" else [rows]
                 repeats = options.repeats or (LATENCY_REPEATS if options.latency else None)
-                budget = options.time_budget / len(kinds)
-                _measure.time_rows(ready, seconds_of, repeats, budget, report, lambda rows=rows: save(rows))  # type: ignore[misc]
-                for row in rows:
-                    row.drop()
-                    result["rows"].append(_measure.figures(row) | {"asked": asked[id(row)]})
-                save()
+                budget = options.time_budget / len(kinds) / max(1, len(groups))
+                for group in groups:
+                    keep_group = functools.partial(save, group)
+                    waiting = [row for row in group if row.status == "pending"]
+                    ready = _measure.prepare(waiting, oracle, report, keep_group)
+                    _measure.time_rows(ready, seconds_of, repeats, budget, report, keep_group)
+                    for row in group:
+                        row.drop()
+                        result["rows"].append(_measure.figures(row) | {"asked": asked[id(row)]})
+                    save()
     result["complete"] = True
     save()
     return result
@@ -284,6 +299,15 @@ def make_rows(
         for variant in variants if _models.is_ours(name) else [None, *compiled]:
             rows.append(Row(name, variant, mode, precision, 1, img_size, cost.params, cost.macs))
     return rows
+
+
+def _check_whole(path: Path, before: dict[str, Any]) -> None:
+    """Raise UsageError unless the file is one of this script's."""
+    needed = ("command", "date", "total_seconds", "environment", "hardware")
+    if before.get("benchmark") != "throughput" or not all(name in before for name in needed):
+        raise UsageError(f"--resume: {str(path)!r} is no file of throughput.py; pass one that it has written")
+    if not all(isinstance(row, dict) and {"asked", "status", "seconds"} <= row.keys() for row in before["rows"]):
+        raise UsageError(f"--resume: {str(path)!r} is of another version of throughput.py; start anew")
 
 
 def _check_same(before: dict[str, Any], now: dict[str, Any]) -> None:

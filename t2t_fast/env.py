@@ -7,6 +7,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+_CLOCKS = "clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu"
 _PACKAGES = ("torchvision", "timm", "triton", "numpy")
 
 
@@ -37,6 +38,7 @@ def collect_env() -> dict[str, Any]:
         "cuda_build": torch.version.cuda,
         "driver": _driver(),
         "gpus": _gpus(),
+        "clocks": _output("nvidia-smi", f"--query-gpu={_CLOCKS}", "--format=csv,noheader"),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "variables": {name: value for name, value in sorted(os.environ.items()) if name.startswith("T2T_FAST_")},
     }

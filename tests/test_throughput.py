@@ -187,8 +187,11 @@ def test_out_of_memory_is_a_row_that_says_so(throughput: ModuleType) -> None:
     def broken(images: torch.Tensor) -> None:
         raise RuntimeError("something else")
 
-    with pytest.raises(RuntimeError, match="something else"):
-        _measure.time_rows([make_row(step=broken)], seconds_of_zeros(_measure), 1, 1.0, lambda *report: None)
+    broken_row, good = make_row(step=broken), make_row()
+    _measure.time_rows([broken_row, good], seconds_of_zeros(_measure), 1, 1.0, lambda *report: None)
+    assert broken_row.status == "failed: RuntimeError: something else"
+    assert good.status == "ok"
+    assert [_measure.figures(row)["passed"] for row in (broken_row, good)] == [False, True]
 
 
 def test_searches_for_a_batch(throughput: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,7 +232,7 @@ def test_interrupted_and_resumed(
     assert throughput.main(arguments) == 130
     assert f"go on with --resume {path}" in capsys.readouterr().err
     first = read(path)
-    assert [row["img_size"] for row in first["rows"]] == [32]
+    assert [(row["img_size"], row["status"]) for row in first["rows"]] == [(32, "ok"), (48, "pending")]
     assert first["complete"] is False
     monkeypatch.setattr(_measure, "time_rows", time_rows)
     assert throughput.main(["--resume", str(path)]) == 0
@@ -321,6 +324,70 @@ def test_with_the_loader(throughput: ModuleType, tmp_path: Path, shards: bool) -
     assert "3 images" in read(path)["images"]
 
 
+def test_without_rich(tmp_path: Path) -> None:
+    """As on a machine with a GPU and without a network."""
+    arguments = [*TINY, "--models", "t2t_vit_7", "--variants", "auto", "--synthetic", "--no-plot", "--output"]
+    code = f"""
+import sys
+sys.modules["rich"] = None
+sys.path.insert(0, {str(BENCHMARKS)!r})
+import throughput
+sys.exit(throughput.main({[*arguments, str(tmp_path / "run.json")]!r}))
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    assert any(line.split()[:2] == ["t2t_vit_7", "auto"] for line in run.stdout.splitlines()), run.stdout
+
+
+def test_a_gradient_that_is_missing_is_noticed(throughput: ModuleType) -> None:
+    """Each tensor's by itself, in whatever is large enough to matter."""
+    from _measure import errors
+
+    want = [torch.ones(1000), torch.full((10,), 0.1), torch.full((10,), 1e-4)]
+    assert errors(want, want) == (0.0, 0.0)
+    whole, worst = errors([want[0], torch.zeros(10), want[2]], want)
+    assert whole < 0.02
+    assert worst == 1.0
+    assert errors([*want[:2], torch.zeros(10)], want)[1] == 0.0
+    for wrong in ([want[0], want[1]], [want[0], want[1][:5], want[2]], [want[0] * float("nan"), *want[1:]]):
+        assert not errors(wrong, want)[0] <= 1.0
+
+
+def test_others_models_are_checked_too(throughput: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import _measure
+
+    build = _measure.build
+
+    def build_wrong(row: Any, *args: Any) -> None:
+        build(row, *args)
+        with torch.no_grad():
+            row.module.fc.bias[3] = float("nan")
+
+    monkeypatch.setattr(_measure, "build", build_wrong)
+    for mode in ("inference", "training"):
+        path = tmp_path / f"{mode}.json"
+        arguments = ["--models", "resnet18", "--mode", mode, "--synthetic", "--no-plot", "--output", str(path)]
+        assert throughput.main([*TINY, *arguments]) == 1
+        assert [row["status"] for row in read(path)["rows"]] == ["wrong"]
+
+
+def test_the_largest_batches_are_timed_one_by_one(throughput: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    import _measure
+
+    groups: list[list[str]] = []
+    monkeypatch.setattr(_measure, "largest_batch", lambda row, oracle: 2)
+    monkeypatch.setattr(_measure, "prepare", lambda rows, *args: groups.append([row.label for row in rows]) or [])
+    monkeypatch.setattr(_measure, "select_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(_measure, "device_name", lambda *args: "a GPU")
+    import _rates
+
+    monkeypatch.setattr(_rates, "operations_per_second", lambda *args: 1.0)
+    options = throughput.parse_arguments(["--models", "t2t_vit_7", "--batch-size", "max", "--synthetic",
+                                          "--precision", "bfloat16", "--img-size", "32"])  # fmt: skip
+    throughput.measure(options, [], lambda *args: None)
+    assert groups == [["t2t_vit_7 reference"], ["t2t_vit_7 auto"], ["t2t_vit_7 frozen"]]
+
+
 def test_folder_of_images(throughput: ModuleType, tmp_path: Path) -> None:
     from _images import load_images
 
@@ -353,6 +420,10 @@ def test_folder_of_images(throughput: ModuleType, tmp_path: Path) -> None:
         (["--latency", "--batch-size", "4"], r"--latency: measures batches of 1"),
         (["--with-loader"], r"--with-loader: needs --images FOLDER"),
         (["--resume", "file"], r"--resume: 'file' is no JSON"),
+        (["--resume", "memory.json"], r"--resume: 'memory.json' is no file of throughput.py"),
+        (["--resume", "old.json"], r"--resume: 'old.json' is of another version of throughput.py"),
+        (["--resume", "old.json", "--models", "t2t_vit_7"], r"--resume: goes on with the arguments in the file"),
+        (["--img-size", "100000"], r"--img-size: got 100000; accepted: up to 4096"),
         (["--resume", "nowhere"], r"--resume: 'nowhere' cannot be read"),
         (["--images", "no/such/folder"], r"--images: 'no/such/folder' is no folder"),
         (["--images", "empty"], r"--images: 'empty' holds none; accepted: \.jpg"),
@@ -377,7 +448,10 @@ def test_bad_arguments(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()
-    output = [] if "--output" in arguments else ["--output", "empty"]
+    (tmp_path / "memory.json").write_text('{"benchmark": "memory", "rows": []}')
+    old = dict.fromkeys(("command", "date", "total_seconds", "environment", "hardware"), "")
+    (tmp_path / "old.json").write_text(json.dumps({**old, "benchmark": "throughput", "rows": [{}]}))
+    output = [] if "--output" in arguments or "--resume" in arguments else ["--output", "empty"]
     try:
         status = throughput.main([*arguments, *output])
     except SystemExit as exit:
