@@ -21,7 +21,8 @@ import t2t_fast
 # products: three to five times what rounding alone leaves, in any T2T-ViT.
 TOLERANCES = {torch.float32: 5e-6, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 GRADIENT_TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 1e-1, torch.float16: 2e-2}
-WORST_TENSOR = 0.5  # of a single gradient: what is missing or of another's place is off by 1 or more
+# Of a single gradient, where small ones are mostly rounding in 16 bits: one that is missing is off by 1.
+WORST_TENSOR = {torch.float32: 1e-3, torch.bfloat16: 0.75, torch.float16: 0.5}
 TF32_TOLERANCES = {"inference": 4e-3, "training": 2e-2}  # as many digits as float16
 MIN_REPEATS, MAX_REPEATS = 5, 100
 SETTLED = 0.05  # two runs in a row that differ by less: warm
@@ -204,7 +205,8 @@ def check(row: Row, oracle: Oracle, images: Tensor) -> None:
     if row.precision == "tf32":
         row.tolerance = TF32_TOLERANCES[row.mode]
     row.error, worst = errors(got, exact)
-    if not (row.error <= row.tolerance and worst <= max(row.tolerance, WORST_TENSOR)):  # a NaN does not pass
+    limit = WORST_TENSOR[torch.float16 if row.precision == "tf32" else row.product_dtype]
+    if not (row.error <= row.tolerance and worst <= max(row.tolerance, limit)):  # a NaN does not pass
         row.status = "wrong"
     elif row.mode == "inference":
         row.top1 = (got[0].argmax(1) == exact[0].argmax(1)).double().mean().item()
