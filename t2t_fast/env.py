@@ -85,13 +85,16 @@ def _git_state(root: Path) -> dict[str, Any] | None:
 
 
 def _cpu_model() -> str | None:
+    """The CPU's name; virtual machines often hide its number, and then family and model stand for it."""
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+        lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()]
     except OSError:
-        pass
-    return platform.processor() or None
+        return platform.processor() or None
+    facts = {name.strip(): value.strip() for name, _, value in lines}
+    name = facts.get("model name") or platform.processor() or None
+    if name is None or any(c.isdigit() for c in name) or not {"cpu family", "model"} <= facts.keys():
+        return name
+    return f"{name}, family {facts['cpu family']} model {facts['model']}"
 
 
 def _driver() -> str | None:
