@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,23 +59,45 @@ def tensors_of(case: Case, batch: int, dtype: torch.dtype, device: torch.device)
 
 
 def runners(case: Case) -> dict[str, Callable[[Tensors], Any]]:
-    """Variant to a function of the tensors; those whose backend the op lacks are missing."""
+    """Variant to a function of the tensors; those whose backend the op lacks are missing.
+
+    What was compiled for earlier cases is forgotten.
+    """
 
     def run(backend: str) -> Callable[[Tensors], Any]:
         return lambda tensors: case.call(backend, tensors)
 
     found = {variant: run(variant) for variant in VARIANTS if variant in case.backends}
-    return {**found, "reference, compiled": torch.compile(run("reference"), dynamic=False)}
+    torch._dynamo.reset()  # all share one line of code, and so its limit of programs, after which nothing is compiled
+    return {**found, "reference, compiled": torch.compile(run("reference"), dynamic=False, fullgraph=True)}
 
 
 def step(function: Callable[[Tensors], Any], tensors: Tensors) -> list[Tensor]:
     """The result, and the gradient of every tensor that wants one for a fixed random gradient of the result."""
     result = function(tensors)
     results = result if isinstance(result, tuple) else (result,)
-    generator = torch.Generator(results[0].device).manual_seed(0)
-    grads = [torch.randn(r.shape, generator=generator, device=r.device).to(r.dtype) for r in results]
+    grads = [_noise(r.shape, r.dtype, r.device) for r in results]
     wanted = [t for t in tensors if t is not None and t.requires_grad]
     return [*results, *torch.autograd.grad(results, wanted, grads)]
+
+
+@functools.lru_cache(maxsize=4)
+def _noise(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Drawn once: who times a step must not time this."""
+    generator = torch.Generator(device).manual_seed(0)
+    return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+
+def exact_step(case: Case, sample: Tensors) -> list[Tensor]:
+    """:func:`step` of the reference in float64."""
+    exact = [None if t is None else t.detach().double().requires_grad_(t.requires_grad) for t in sample]
+    return step(lambda tensors: case.call("reference", tensors), exact)
+
+
+def worst_error(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
+    """Relative norm of the worst result or gradient; infinite where one is not finite."""
+    found = [((g.double() - w).norm() / w.norm()).item() for g, w in zip(got, want, strict=True)]
+    return max(error if math.isfinite(error) else math.inf for error in found)
 
 
 def _soft_split(use: str, channels: int, side: int, kernel: int, stride: int, out: int, **kwargs: bool) -> Case:

@@ -39,14 +39,28 @@ def positive_int(text: str) -> int:
     return value
 
 
-def positive_seconds(text: str) -> float:
+def positive_number(text: str) -> float:
     """An argparse type: a positive, finite number."""
+    return _number(text, math.inf, "a number above 0")
+
+
+def positive_seconds(text: str) -> float:
+    """An argparse type: a positive, finite number of seconds."""
+    return _number(text, math.inf, "a number of seconds above 0")
+
+
+def fraction(text: str) -> float:
+    """An argparse type: a number above 0, at most 1."""
+    return _number(text, math.nextafter(1, 2), "a number above 0, at most 1")
+
+
+def _number(text: str, end: float, accepted: str) -> float:
     try:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"got {text!r}; accepted: a number of seconds above 0")
+    if not 0 < value < end:
+        raise argparse.ArgumentTypeError(f"got {text!r}; accepted: {accepted}")
     return value
 
 
@@ -72,13 +86,13 @@ def result_path(output: Path | None, device: str, env: Mapping[str, Any], date: 
     return path
 
 
-def command_line(script: str, argv: Sequence[str]) -> str:
+def command_line(script: str, argv: Sequence[str], left_out: Sequence[str] = ("--output",)) -> str:
     """What measured a result, to be run again; where the result went is no part of it."""
     kept, arguments = ["python", f"benchmarks/{script}.py"], iter(argv)
     for argument in arguments:
-        if argument == "--output":
+        if argument in left_out:
             next(arguments, None)
-        elif not argument.startswith("--output="):
+        elif argument.partition("=")[0] not in left_out:
             kept.append(argument)
     return shlex.join(kept)
 

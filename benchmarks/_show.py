@@ -54,8 +54,8 @@ def show(result: dict[str, Any]) -> None:
             if limit is not None and row["error"] is not None and row["error"] <= limit:
                 found += ", but one of the gradients is wrong"
             console.print(
-                f"WRONG: {row['model']} {row['variant'] or ''}, {row['mode']} in {row['precision']}: {found}; its speed "
-                "was not measured.",
+                f"WRONG: {row['model']} {row['variant'] or ''}, {row['mode']} in {row['precision']}: {found}; "
+                "its speed was not measured.",
                 style="bold red",
             )
         elif row["status"] != "ok":

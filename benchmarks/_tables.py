@@ -131,6 +131,20 @@ def kernels(result: Result) -> str:
     return f"{title}\n\n{markdown(['op', 'part', 'floor (ms)', *variants], body)}"
 
 
+def tuning(result: Result) -> str:
+    body = []
+    for row in result["rows"]:
+        cells = [row["table"], row["kind"], str(row["tried"]), str(len(row["failed"]))]
+        if row["best"] is None:
+            body.append([*cells, row["status"], "", ""])
+            continue
+        config = row["candidates"][row["best_index"]]["config"]
+        blocks = ", ".join(f"{name.removeprefix('BLOCK_').lower()} {size}" for name, size in config["blocks"].items())
+        body.append([*cells, f"{row['best']:.3f}", blocks, f"{config['num_warps']}, {config['num_stages']}"])
+    headings = ["table", "arithmetic", "tried", "failed", "best over shipped", "blocks", "warps, stages"]
+    return f"Block sizes tried, time of the best over that of the shipped ones:\n\n{markdown(headings, body)}"
+
+
 KINDS = {
     "throughput": throughput,
     "tokens_to_token": tokens_to_token,
@@ -138,4 +152,5 @@ KINDS = {
     "memory": memory,
     "macs": macs,
     "kernels": kernels,
+    "tuning": tuning,
 }

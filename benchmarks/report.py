@@ -109,7 +109,7 @@ def _measured(files: Sequence[tuple[Path, Result]]) -> str:
                 mode, precision, batch = kind
                 hardware = result["hardware"].removeprefix("cpu ")
                 link = f"[{mode}, {precision}, batch {batch}](benchmarks/results/{path.name})"
-                body[(hardware, *kind, result["date"])] = [hardware, link, *cells]
+                body[(hardware, *kind)] = [hardware, link, *cells]  # of files by date: the newest stays
     return markdown(["", "images per second", *(c[0] for c in COLUMNS)], body.values()) if body else NOT_YET
 
 

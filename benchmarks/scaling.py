@@ -1,12 +1,12 @@
 """What training on ImageNet-1k would take on 8, 64 and 512 GPUs, computed: operations, bytes and collectives.
 
     python benchmarks/scaling.py                                   # the tables of docs/scaling.md
-    python benchmarks/scaling.py --images-per-second 2400          # with a measured speed of one GPU
+    python benchmarks/scaling.py --result benchmarks/results/FILE.json   # with measured speeds of one GPU
     python benchmarks/scaling.py --write                           # rewrites docs/scaling.md
 
 Data parallel training: every GPU computes forward and backward of its share of the batch, gradients are averaged by a
-ring all-reduce within and between nodes, which overlaps with backward. Nothing here is measured; the assumptions are
-arguments, and the page tells them.
+ring all-reduce within and between nodes, which overlaps with backward. Nothing here is measured but what --result
+brings; the assumptions are arguments, and the page tells them.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from _common import OneLineParser, positive_int, positive_seconds, write_text
+from _common import OneLineParser, UsageError, fraction, positive_int, positive_number, read_json, write_text
 from _tables import markdown
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ _STEP = (
     "images/s",
     "minutes for 310 epochs",
 )
+LINK = "../benchmarks/results/"
 MARKER = re.compile(r"(<!-- computed -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -134,8 +135,28 @@ def step(cost: Macs, batch: int, gpus: int, machine: Machine, images_per_second:
     return replace(computed, exposed=reduction - hidden)
 
 
-def tables(machine: Machine, batch: int, images_per_second: float | None) -> str:
-    """Markdown: the work of each model, then each number of GPUs."""
+def measured(path: Path) -> dict[str, float]:
+    """Images per second in training on one GPU, by model: the fastest right row of a file of throughput.py.
+
+    Raises:
+        UsageError: It has none.
+    """
+    result = read_json("--result", path)
+    if result.get("device") != "cuda":
+        raise UsageError(
+            f"--result: {str(path)!r} was measured on {result.get('device')!r}; pass a GPU's training file"
+        )
+    rates: dict[str, float] = {}
+    for row in result["rows"]:
+        if row.get("mode") == "training" and row.get("status") == "ok" and row.get("model") in MODELS:
+            rates[row["model"]] = max(rates.get(row["model"], 0.0), row["images_per_second"])
+    if not rates:
+        raise UsageError(f"--result: {str(path)!r} has no training speed of {', '.join(MODELS)}; pass one that has")
+    return rates
+
+
+def tables(machine: Machine, batch: int, rates: Mapping[str, float]) -> str:
+    """Markdown: the work of each model, then each number of GPUs; ``rates`` are measured speeds of one, by model."""
     import timm
     import torch
 
@@ -150,7 +171,7 @@ def tables(machine: Machine, batch: int, images_per_second: float | None) -> str
         cells = (f"{cost.params / 1e6:.1f}", f"{2 * cost.macs / 1e9:.1f}", f"{total / 1e18:.1f}")
         work.append((name, *cells, *(f"{value / 1e6:.0f}" for value in (traffic(cost.activations), 4 * cost.params))))
         for gpus in GPUS:
-            s = step(cost, batch, gpus, machine, images_per_second)
+            s = step(cost, batch, gpus, machine, rates.get(name))
             speed = gpus * batch / s.seconds
             minutes = EPOCHS * IMAGES / speed / 60
             times = (f"{1e3 * t:.2f}" for t in (s.arithmetic, s.memory, s.all_reduce, s.exposed))
@@ -163,17 +184,15 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = OneLineParser(prog="scaling.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--batch-size", type=positive_int, default=128, metavar="N", help="images per GPU; default: 128")
-    add("--images-per-second", type=positive_seconds, metavar="RATE", help="of one GPU in training, measured")
-    add("--flops", type=positive_seconds, default=989e12, help="default: 989e12, an H100 SXM's dense bfloat16")
-    add(
-        "--efficiency", type=positive_seconds, default=0.25, help="of those, in a training step; default: 0.25, a guess"
-    )
-    add("--bandwidth", type=positive_seconds, default=3.35e12, help="bytes/s; default: 3.35e12, an H100 SXM's memory")
+    add("--result", type=Path, metavar="JSON", help="file of throughput.py --mode training on a GPU: measured speeds")
+    add("--flops", type=positive_number, default=989e12, help="default: 989e12, an H100 SXM's dense bfloat16")
+    add("--efficiency", type=fraction, default=0.25, help="of those, in a training step; default: 0.25, a guess")
+    add("--bandwidth", type=positive_number, default=3.35e12, help="bytes/s; default: 3.35e12, an H100 SXM's memory")
     add("--node", type=positive_int, default=8, metavar="N", help="GPUs in a node; default: 8")
-    add("--link", type=positive_seconds, default=450e9, help="bytes/s; default: 450e9, NVLink 4 in one direction")
-    add("--network", type=positive_seconds, default=50e9, help="bytes/s per GPU; default: 50e9, 400 Gbit/s")
-    add("--latency", type=positive_seconds, default=5e-6, help="seconds of a ring's step; default: 5e-6, a guess")
-    add("--overlap", type=positive_seconds, default=0.9, help="hidden part of the all-reduce; default: 0.9, a guess")
+    add("--link", type=positive_number, default=450e9, help="bytes/s; default: 450e9, NVLink 4 in one direction")
+    add("--network", type=positive_number, default=50e9, help="bytes/s per GPU; default: 50e9, 400 Gbit/s")
+    add("--latency", type=positive_number, default=5e-6, help="seconds of a ring's step; default: 5e-6, a guess")
+    add("--overlap", type=fraction, default=0.9, help="hidden part of the all-reduce; default: 0.9, a guess")
     add("--write", action="store_true", help="rewrite docs/scaling.md")
     return parser.parse_args(argv)
 
@@ -183,7 +202,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(sys.argv[1:] if argv is None else argv)
     names = ("flops", "efficiency", "bandwidth", "node", "link", "network", "latency", "overlap")
     machine = Machine(**{name: getattr(options, name) for name in names})
-    text = tables(machine, options.batch_size, options.images_per_second)
+    try:
+        rates = {} if options.result is None else measured(options.result)
+    except UsageError as error:
+        print(f"scaling.py: error: {error}", file=sys.stderr)
+        return 2
+    text = tables(machine, options.batch_size, rates)
+    if rates:
+        told = ", ".join(f"{name} {rate:.0f}" for name, rate in rates.items())
+        name = options.result.name
+        text += f"\n\nMeasured on one GPU, images per second: {told} ([{name}]({LINK}{name}))."
+        text += " The time under arithmetic is theirs, traffic included; models without a measurement are computed."
     if options.write:
         write_text(PAGE, MARKER.sub(lambda match: f"{match[1]}\n{text}\n\n{match[2]}", PAGE.read_text()))
     else:

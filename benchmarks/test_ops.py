@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from _cases import CASES, VARIANTS, Case, runners, step, tensors_of
+from _cases import CASES, TOLERANCES, VARIANTS, Case, exact_step, runners, step, tensors_of, worst_error
 from _rates import bytes_per_second, operations_per_second
 
 import t2t_fast
@@ -33,6 +33,7 @@ def test_op(benchmark: Any, case: Case, variant: str, part: str) -> None:
     if variant not in functions:
         pytest.skip(f"{case.op} has no {variant} implementation")
     function, tensors = functions[variant], tensors_of(case, BATCH, DTYPE, DEVICE)
+    sample = tensors_of(case, 2, DTYPE, DEVICE)
 
     def run() -> None:
         if part == "training":
@@ -44,6 +45,7 @@ def test_op(benchmark: Any, case: Case, variant: str, part: str) -> None:
             torch.cuda.synchronize()
 
     try:
+        assert worst_error(step(function, sample), exact_step(case, sample)) <= 4 * TOLERANCES[DTYPE]
         run()
     except t2t_fast.BackendUnavailable as error:
         pytest.skip(str(error))

@@ -4,10 +4,11 @@
     python benchmarks/tune.py --tables SOFT_SPLIT_LINEAR_FORWARD --kinds tf32 --time-budget 60
 
 For every table the candidates are the shipped configuration and its neighbours (a block doubled or halved, other warps,
-other stages). Processes in parallel compile each and compare results and gradients with `aten`; the right ones are then
-timed one by one in the ops that use the table, at full size. What counts is the geometric mean over those uses,
-relative to the shipped configuration; a candidate must be 2% better to be proposed. Needs a GPU; `--tiny` tries the
-machinery in Triton's interpreter, where times mean nothing.
+other stages). Processes in parallel, one for each, compile them and compare results and gradients with `aten`; the
+right ones are then timed one by one in the ops that use the table, at full size. A candidate that crashes, hangs or
+does not fit is out, and the others go on. What counts is the geometric mean over those uses, relative to the shipped
+configuration; a candidate must be 2% better to be proposed. Tables that were tuned on this chip are left out. Needs a
+GPU; `--tiny` tries the machinery in Triton's interpreter, where times mean nothing.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -46,6 +48,7 @@ USES = {
 }
 KINDS = {"half": "bfloat16", "tf32": "float32"}
 BETTER = 0.98
+SECONDS = 120  # for a candidate in a process of its own
 
 
 def neighbours(config: Any) -> list[Any]:
@@ -81,29 +84,56 @@ def cases_of(table: str) -> list[Any]:
 
 
 def check(table: str, config: Any, kind: str, device_name: str, batch: int) -> str | None:
-    """Compile and compare with ``aten``; None if right, or what is wrong. Runs in a process of its own."""
+    """Compile and compare with ``aten``; None if right, or what is wrong."""
     import torch
     from _cases import TOLERANCES, runners, step, tensors_of
 
     device, dtype = torch.device(device_name), getattr(torch, KINDS[kind])
     torch.set_float32_matmul_precision("high")
-    try:
-        for case in cases_of(table):
-            tensors = tensors_of(case, batch, dtype, device)
-            functions = runners(case)
-            want = step(functions["aten"], tensors)
-            with table_replaced(table, config):
-                with torch.no_grad():
-                    first = functions["triton"](tensors)
-                got = step(functions["triton"], tensors)
-            results = first if isinstance(first, tuple) else (first,)
-            for g, w in [*zip(results, want, strict=False), *zip(got, want, strict=True)]:
-                error = ((g.double() - w.double()).norm() / w.double().norm()).item()
-                if not error <= 4 * TOLERANCES[dtype]:  # both are rounded
-                    return f"{case.name}: differs by {error:.1e}"
-    except Exception as error:  # whatever the compiler, the driver or the kernel says: the candidate is out
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    for case in cases_of(table):
+        tensors = tensors_of(case, batch, dtype, device)
+        functions = runners(case)
+        want = step(functions["aten"], tensors)
+        with table_replaced(table, config):
+            with torch.no_grad():
+                first = functions["triton"](tensors)
+            got = step(functions["triton"], tensors)
+        results = first if isinstance(first, tuple) else (first,)
+        for g, w in [*zip(results, want, strict=False), *zip(got, want, strict=True)]:
+            error = ((g.double() - w.double()).norm() / w.double().norm()).item()
+            if not error <= 4 * TOLERANCES[dtype]:  # both are rounded
+                return f"{case.name}: differs by {error:.1e}"
     return None
+
+
+def apart(function: Callable[..., Any], *arguments: Any, seconds: float = SECONDS) -> Any:
+    """What the function returns in a process of its own, or, as text, why it returned nothing."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(sender, function, arguments), daemon=True)
+    process.start()
+    sender.close()  # the process has its own, whose end is the end of the pipe
+    try:
+        return receiver.recv() if receiver.poll(seconds) else f"no answer within {seconds:g} s"
+    except EOFError:
+        process.join()
+        return f"the process died, exit code {process.exitcode}"
+    finally:
+        process.kill()
+        process.join()
+        receiver.close()
+
+
+def _answer(sender: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    try:
+        answer = function(*arguments)
+    except Exception as error:  # whatever the compiler, the driver or the kernel says: the candidate is out
+        answer = reason(error)
+    sender.send(answer)
+
+
+def reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def time_candidate(table: str, config: Any, kind: str, device_name: str, batch: int) -> list[float]:
@@ -113,6 +143,7 @@ def time_candidate(table: str, config: Any, kind: str, device_name: str, batch: 
     from _rates import median_seconds
 
     device, dtype, part = torch.device(device_name), getattr(torch, KINDS[kind]), USES[table][1]
+    torch.set_float32_matmul_precision("high")
     seconds = []
     for case in cases_of(table):
         tensors, function = tensors_of(case, batch, dtype, device), runners(case)["triton"]
@@ -123,6 +154,34 @@ def time_candidate(table: str, config: Any, kind: str, device_name: str, batch: 
             with torch.no_grad():
                 seconds.append(median_seconds(lambda f=function, t=tensors: f(t), device))  # type: ignore[misc]
     return seconds
+
+
+def times_of(table: str, config: Any, kind: str, device_name: str, batch: int) -> list[float] | str:
+    """:func:`time_candidate`, or why it failed."""
+    arguments = (table, config, kind, device_name, batch)
+    if not _usable(device_name):
+        return apart(time_candidate, *arguments)
+    try:
+        return time_candidate(*arguments)
+    except Exception as error:  # out of memory, a launch that fails
+        failure = reason(error)
+    if _usable(device_name) and device_name == "cuda":
+        import torch
+
+        torch.cuda.empty_cache()
+    return failure
+
+
+def _usable(device_name: str) -> bool:
+    """Whether this process can still use the device: after some errors it never can."""
+    import torch
+
+    try:
+        if device_name == "cuda":
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
 
 
 def snippet(table: str, arch: int, kind: str, config: Any, chip: str) -> str:
@@ -141,6 +200,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--kinds", nargs="+", default=["half"], choices=KINDS, help="of arithmetic; default: half, as bfloat16")
     add("--batch-size", type=positive_int, default=128, metavar="N", help="images to time with; default: 128")
     add("--time-budget", type=positive_seconds, metavar="SECONDS", help="start no further table after so long")
+    add("--again", action="store_true", help="also the tables that were tuned on this chip")
     add("--tiny", action="store_true", help="two candidates of one table in the interpreter")
     add("--output", type=Path, metavar="JSON", help="file, or a folder for it; default: benchmarks/results/local")
     options = parser.parse_args(argv)
@@ -152,9 +212,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         parser.error(" ".join(str(error).split()))
     for row in result["rows"]:
-        print(
-            f"{row['table']}, {row['kind']}: {row['tried']} tried, {len(row['failed'])} failed, best {row['best']:.3f}"
-        )
+        best = row["status"] if row["best"] is None else f"best {row['best']:.3f}"
+        print(f"{row['table']}, {row['kind']}: {row['tried']} tried, {len(row['failed'])} failed, {best}")
+    for name in result["skipped"]:
+        print(f"{name}: tuned on this chip already; --again tunes it again")
     print("\n".join(result["snippets"]) or "nothing better than what is shipped")
     print(f"results: {path}")
     return 0
@@ -177,43 +238,60 @@ def _tune_all(options: argparse.Namespace, argv: list[str]) -> tuple[Path, dict[
     result: dict[str, Any] = {
         "benchmark": "tuning",
         "date": date.isoformat(timespec="seconds"),
-        "command": command_line("tune", argv),
+        "command": command_line("tune", argv, ("--output", "--time-budget")),
+        "device": device.type,
         "hardware": chip,
         "environment": env,
         "rows": [],
+        "skipped": [],
         "snippets": [],
     }
+    write_json(path, result)
     started = time.perf_counter()
-    with ProcessPoolExecutor(1 if options.tiny else 12, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for table, kind in ((table, kind) for kind in options.kinds for table in options.tables):
-            if options.time_budget and time.perf_counter() - started > options.time_budget:
-                break
-            dtype = getattr(torch, KINDS[kind])
-            if not configs.has_config(getattr(configs, table), device, dtype):
-                continue
-            candidates = neighbours(configs.pick(getattr(configs, table), device, dtype))
-            candidates = candidates[:2] if options.tiny else candidates
-            work = {
-                pool.submit(check, table, config, kind, device.type, min(2, options.batch_size)): index
-                for index, config in enumerate(candidates)
-            }
-            failed = {work[done]: reason for done in as_completed(work) if (reason := done.result())}
-            times = {
-                index: time_candidate(table, config, kind, device.type, options.batch_size)
-                for index, config in enumerate(candidates)
-                if index not in failed
-            }
-            result["rows"].append(_row(table, kind, candidates, failed, times))
-            best = result["rows"][-1]["best_index"]
-            if best and result["rows"][-1]["best"] < BETTER:
-                result["snippets"].append(snippet(table, arch, kind, candidates[best], chip))
-            write_json(path, result)
+    for table, kind in ((table, kind) for kind in options.kinds for table in options.tables):
+        if options.time_budget and time.perf_counter() - started > options.time_budget:
+            break
+        dtype = getattr(torch, KINDS[kind])
+        if not configs.has_config(getattr(configs, table), device, dtype):
+            continue
+        shipped = configs.pick(getattr(configs, table), device, dtype)
+        if shipped.tuned == chip and not options.again:
+            result["skipped"].append(f"{table}, {kind}")
+            continue
+        candidates = neighbours(shipped)[: 2 if options.tiny else None]
+        batches = min(2, options.batch_size), options.batch_size
+        failed, times = _try_all(candidates, (table, kind, device.type), *batches)
+        result["rows"].append(row := _row(table, kind, candidates, failed, times))
+        best = row["best_index"]
+        if best and row["best"] < BETTER:
+            result["snippets"].append(snippet(table, arch, kind, candidates[best], chip))
+        write_json(path, result)
+    write_json(path, result)
     return path, result
+
+
+def _try_all(
+    candidates: list[Any], where: tuple[str, str, str], small: int, full: int
+) -> tuple[dict[int, str], dict[int, list[float]]]:
+    """Check all, then time those that are right: what is wrong with the others, and the seconds of these, by index."""
+    table, kind, device_name = where
+    with ThreadPoolExecutor(min(12, os.cpu_count() or 1)) as pool:  # a thread waits for a process
+        found = list(pool.map(lambda config: apart(check, table, config, kind, device_name, small), candidates))
+    failed = {index: wrong for index, wrong in enumerate(found) if wrong}
+    times: dict[int, list[float]] = {}
+    for index in (index for index in range(len(candidates)) if index not in failed):
+        seconds = times_of(table, candidates[index], kind, device_name, full)
+        if isinstance(seconds, str):
+            failed[index] = seconds
+        else:
+            times[index] = seconds
+    return failed, times
 
 
 def _row(
     table: str, kind: str, candidates: list[Any], failed: dict[int, str], times: dict[int, list[float]]
 ) -> dict[str, Any]:
+    """Without a time of the shipped configuration, the first, there is no best."""
     scores = {}
     if 0 in times:
         ratios = {i: [a / b for a, b in zip(t, times[0], strict=True)] for i, t in times.items()}
@@ -224,7 +302,8 @@ def _row(
         "kind": kind,
         "tried": len(candidates),
         "failed": {str(candidates[i]): reason for i, reason in failed.items()},
-        "best": scores.get(best, 1.0),
+        "status": "ok" if 0 in times else f"shipped configuration: {failed[0]}",
+        "best": scores.get(best),
         "best_index": best,
         "candidates": [
             {

@@ -61,6 +61,28 @@ def test_real_differences_and_noise(compare: ModuleType, tmp_path: Path, capsys:
     assert compare.main([str(a), str(a), "--fail-below", "0.99"]) == 0
 
 
+def test_few_rounds_have_no_verdict(compare: ModuleType, tmp_path: Path) -> None:
+    a, b = make(tmp_path / "a.json", {"m": 1.0}), make(tmp_path / "b.json", {"m": 2.0})
+    short = json.loads(b.read_text())
+    short["rows"][0]["seconds"] = short["rows"][0]["seconds"][:4]
+    b.write_text(json.dumps(short))
+    (row,) = compare.compare(json.loads(a.read_text()), short)
+    assert compare.verdict(row) == "too few rounds"
+    assert compare.main([str(a), str(b), "--fail-below", "0.99"]) == 0
+
+
+@pytest.mark.parametrize("status", ["wrong", "out of memory", "failed: RuntimeError: x"])
+def test_rows_that_were_lost(
+    compare: ModuleType, status: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a, b = (make(tmp_path / name, {"m": 1.0, "n": 1.0}) for name in ("a.json", "b.json"))
+    lost = json.loads(b.read_text())
+    lost["rows"][1] |= {"status": status, "seconds": [], "images_per_second": None}
+    b.write_text(json.dumps(lost))
+    assert compare.main([str(a), str(b)]) == 1
+    assert f"n auto inference float32 8 224: LOST: {status}" in capsys.readouterr().out
+
+
 def test_noise_widens_the_interval(compare: ModuleType) -> None:
     generator = random.Random(0)
     quiet, loud = ([1 + s * generator.uniform(-1, 1) for _ in range(30)] for s in (0.01, 0.3))
@@ -83,6 +105,10 @@ def test_files_of_the_first_format(compare: ModuleType) -> None:
         ({"hardware": "cpu Y"}, "the files are of different hardware: 'cpu X' and 'cpu Y'"),
         ({"benchmark": "memory"}, "the files are of different benchmark: 'throughput' and 'memory'"),
         ({"rows": []}, "the files have no timed row in common"),
+        ({"rows": [1]}, "a row is none of throughput.py's"),
+        ({"rows": [{"seconds": [1.0]}]}, "a row is none of throughput.py's"),
+        ({"with_loader": True}, "the files are of different with_loader: False and True"),
+        ({"environment": {"cpu": {"torch_threads": 64}}}, "the files are of different threads: None and 64"),
     ],
 )
 def test_what_cannot_be_compared(

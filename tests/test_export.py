@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import onnx
-import onnxruntime
 import pytest
 import torch
 from small_models import FAMILIES, relative_error, seeded_images, small
@@ -14,6 +12,8 @@ from torch import Tensor
 import t2t_fast
 from t2t_fast.cli import main
 from t2t_fast.models import export as module
+
+onnx, onnxruntime = (pytest.importorskip(name) for name in ("onnx", "onnxruntime"))
 
 every_family = pytest.mark.parametrize("name", FAMILIES.values(), ids=FAMILIES)
 

@@ -67,6 +67,72 @@ def test_a_wrong_result_is_not_timed(
     assert rows["reference"]["passed"] is True
 
 
+def test_all_wrong_by_a_factor(kernels: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The literal form does not loosen its own gate."""
+    import _cases
+
+    step = _cases.step
+    monkeypatch.setattr(kernels, "step", lambda function, tensors: [1000 * t for t in step(function, tensors)])
+    path = tmp_path / "kernels.json"
+    arguments = ["--ops", "se_gate", "--batch-size", "1", "--no-compile", "--device", "cpu"]
+    assert kernels.main([*arguments, "--output", str(path)]) == 1
+    assert not [row for row in json.loads(path.read_text())["rows"] if row["passed"]]
+
+
+def test_a_row_that_fails_does_not_end_the_others(
+    kernels: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import importlib
+
+    def fail(*args: object) -> None:
+        raise RuntimeError("out of resources:\nshared memory")
+
+    module = importlib.import_module("t2t_fast.ops.add_layer_norm")
+    failing = tuple(dataclasses.replace(i, run=fail) if i.backend == "aten" else i for i in module._OP.implementations)
+    monkeypatch.setattr(module, "_OP", dataclasses.replace(module._OP, implementations=failing))
+    path = tmp_path / "kernels.json"
+    arguments = ["--ops", "add_layer_norm", "se_gate", "--batch-size", "1", "--no-compile", "--device", "cpu"]
+    assert kernels.main([*arguments, "--output", str(path)]) == 1
+    rows = {(row["op"], row["variant"]): row for row in json.loads(path.read_text())["rows"]}
+    assert rows["add_layer_norm", "aten"]["status"] == "failed: RuntimeError: out of resources: shared memory"
+    assert rows["add_layer_norm", "reference"]["passed"] and rows["se_gate", "aten"]["passed"]
+
+
+def test_every_case_is_compiled(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All share one line of code, and Dynamo's limit of programs for it."""
+    from _cases import runners, tensors_of
+    from torch._dynamo.testing import CompileCounter
+
+    compile, counters = torch.compile, list[CompileCounter]()
+
+    def counting(function: object, **options: object) -> object:
+        counters.append(CompileCounter())
+        return compile(function, backend=counters[-1], **options)
+
+    monkeypatch.setattr(torch, "compile", counting)
+    small = [case for case in kernels.CASES if "3136" not in case.use]
+    assert len(small) > torch._dynamo.config.recompile_limit
+    for case in small:
+        tensors = tensors_of(case, 1, torch.float32, torch.device("cpu"))
+        run = runners(case)["reference, compiled"]
+        run(tensors)
+        with torch.no_grad():
+            run(tensors)
+        assert counters[-1].frame_count == 2, case.name
+
+
+def test_gradients_are_drawn_once(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who times a step must not time the drawing of random numbers."""
+    from _cases import runners, step, tensors_of
+
+    (case,) = (case for case in kernels.CASES if case.op == "add_layer_norm")
+    tensors = tensors_of(case, 1, torch.float32, torch.device("cpu"))
+    first = step(runners(case)["aten"], tensors)
+    monkeypatch.setattr(torch, "randn", lambda *args, **kwargs: pytest.fail("drawn again"))
+    second = step(runners(case)["aten"], tensors)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
 def test_work_is_the_matrix_products(kernels: ModuleType) -> None:
     """The flops of every case equal those that torch counts for its reference."""
     from _cases import tensors_of

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -57,6 +59,45 @@ def test_a_step(scaling: ModuleType) -> None:
     assert hidden.exposed == pytest.approx(max(0.0, hidden.all_reduce - hidden.compute * 2 / 3))
 
 
+def training_file(path: Path, **changes: Any) -> Path:
+    rows = [
+        {"model": "t2t_vit_14", "mode": "training", "status": status, "images_per_second": rate}
+        for rate, status in ((2000.0, "ok"), (2560.0, "ok"), (9000.0, "wrong"))
+    ]
+    path.write_text(json.dumps({"device": "cuda", "rows": rows} | changes))
+    return path
+
+
+def test_measured_speeds_of_one_gpu(scaling: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = training_file(tmp_path / "gpu.json")
+    assert scaling.main(["--result", str(path)]) == 0
+    text = capsys.readouterr().out
+    rows = {tuple(cells[:2]): cells for cells in ([c.strip() for c in row.split("|")[1:]] for row in text.splitlines())}
+    assert rows["t2t_vit_14", "8"][3:5] == ["50.00", "0.00"]  # 128 images at 2560 per second
+    assert rows["t2t_vit_19", "8"][3] == "26.34"  # computed
+    assert "Measured on one GPU, images per second: t2t_vit_14 2560 ([gpu.json]" in text
+
+
+def test_bad_arguments(scaling: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for changes, message in (
+        ({"device": "cpu"}, "was measured on 'cpu'; pass a GPU's training file"),
+        ({"rows": []}, "has no training speed of t2t_vit_14"),
+    ):
+        assert scaling.main(["--result", str(training_file(tmp_path / "x.json", **changes))]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line
+    for arguments, message in (
+        (["--overlap", "3"], "--overlap: got '3'; accepted: a number above 0, at most 1"),
+        (["--link", "fast"], "--link: got 'fast'; accepted: a number above 0"),
+    ):
+        with pytest.raises(SystemExit) as exit:
+            scaling.main(arguments)
+        assert exit.value.code == 2
+        assert message in capsys.readouterr().err
+
+
 def test_the_page_is_what_the_script_computes(scaling: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    assert scaling.main([]) == 0
-    assert capsys.readouterr().out.strip() in (ROOT / "docs" / "scaling.md").read_text()
+    page = (ROOT / "docs" / "scaling.md").read_text()
+    files = re.findall(r"Measured on one GPU, .*\(\[(.+?)\]", page)
+    assert scaling.main(["--result", str(ROOT / "benchmarks" / "results" / files[0])] if files else []) == 0
+    assert capsys.readouterr().out.strip() in page

@@ -9,10 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from doubles import T2T_ViT
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import t2t_fast
+
+load_digits = pytest.importorskip("sklearn.datasets").load_digits
 
 TINY = {"img_size": 32, "in_chans": 1, "num_classes": 10, "depth": 1, "embed_dim": 32, "num_heads": 2, "token_dim": 16}
 
