@@ -16,7 +16,6 @@ from PIL import Image
 from timm.data import create_transform, resolve_data_config
 
 import t2t_fast
-from t2t_fast import env
 from t2t_fast.cli import COMMANDS, main, predict
 from t2t_fast.cli.images import ImageError, find_images, read_image
 from t2t_fast.models.variants import VARIANTS
@@ -489,17 +488,3 @@ def test_module_runs_as_a_program(photo: Path, checkpoint: Path) -> None:
     assert done.returncode == 1
     assert len(json.loads(done.stdout)["images"]) == 1
     assert done.stderr.splitlines() == [f"t2t-fast: {photo.parent / 'gone.jpg'}: no such file"]
-
-
-@pytest.mark.parametrize(
-    ("told", "name"),
-    [
-        ("model name\t: AMD EPYC\ncpu family\t: 25\nmodel\t\t: 17\n\nmodel\t: 99\n", "AMD EPYC, family 25 model 17"),
-        ("model name\t: AMD EPYC 9654\ncpu family\t: 25\nmodel\t\t: 17\n", "AMD EPYC 9654"),
-        ("model name\t: Mystery\n", "Mystery"),
-    ],
-)
-def test_a_cpu_without_a_number_is_told_by_its_family(told: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two kinds of "AMD EPYC" may differ by a factor of two: their results must not be taken for one another's."""
-    monkeypatch.setattr(Path, "read_text", lambda self: told)
-    assert env._cpu_model() == name
