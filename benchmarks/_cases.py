@@ -76,15 +76,15 @@ def step(function: Callable[[Tensors], Any], tensors: Tensors) -> list[Tensor]:
     """The result, and the gradient of every tensor that wants one for a fixed random gradient of the result."""
     result = function(tensors)
     results = result if isinstance(result, tuple) else (result,)
-    grads = [_noise(r.shape, r.dtype, r.device) for r in results]
+    grads = [_noise(index, r.shape, r.dtype, r.device) for index, r in enumerate(results)]  # exchanged, they show
     wanted = [t for t in tensors if t is not None and t.requires_grad]
     return [*results, *torch.autograd.grad(results, wanted, grads)]
 
 
 @functools.lru_cache(maxsize=4)
-def _noise(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _noise(seed: int, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Drawn once: who times a step must not time this."""
-    generator = torch.Generator(device).manual_seed(0)
+    generator = torch.Generator(device).manual_seed(seed)
     return torch.randn(shape, generator=generator, device=device).to(dtype)
 
 

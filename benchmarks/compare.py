@@ -8,7 +8,8 @@ speeds, 95%, from 10000 resamplings of the raw times with a fixed seed; where it
 Rows of less than 5 rounds get no verdict. Within one run rounds lie close together, so the interval knows the noise of
 the runs compared, not that of machines on other days. Rows that A has a speed for and B has not are listed.
 
-exit status: 0, 1 if a ratio is really below --fail-below or a row became wrong, 2 if the files cannot be compared
+exit status: 0, 1 if a ratio is really below --fail-below or such a row is wrong, fails or lacks memory in B, 2 if the
+files cannot be compared
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from _terminal import Console, Table
 
 RESAMPLINGS = 10_000
 LEAST = 5  # rounds for a verdict: with less, equal speeds often seem to differ
+BROKEN = ("wrong", "failed", "out of memory")
 Key = tuple[Any, ...]
 
 
@@ -52,29 +54,42 @@ def interval(before: Sequence[float], after: Sequence[float]) -> tuple[float, fl
 
 
 def compare(before: dict[str, Any], after: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row for each row that both have, timed in A.
+    """A row for each row that A timed; what B did not has no ratio.
 
     Raises:
         UsageError: The files are of different hardware or benchmarks, or have nothing in common.
     """
-    for name in ("benchmark", "device", "hardware", "with_loader", "threads"):
-        a, b = (_condition(result, name) for result in (before, after))
-        if a != b:
-            raise UsageError(f"the files are of different {name}: {a!r} and {b!r}")
     try:
+        for name in ("benchmark", "device", "hardware", "with_loader", "threads"):
+            a, b = (_condition(result, name) for result in (before, after))
+            if a != b:
+                raise UsageError(f"the files are of different {name}: {a!r} and {b!r}")
         old, new = rows_by_key(before), rows_by_key(after)
         rows = []
-        for key in (key for key in old if old[key].get("seconds") and key in new):
-            row: dict[str, Any] = {"key": key, "before": old[key], "after": new[key]}
-            if new[key].get("seconds"):
+        for key in (key for key in old if _timed(old[key])):
+            row: dict[str, Any] = {"key": key, "before": old[key], "after": new.get(key, {"status": "missing"})}
+            if _timed(row["after"]):
                 ratio, low, high = interval(old[key]["seconds"], new[key]["seconds"])
                 row |= {"ratio": ratio, "low": low, "high": high}
             rows.append(row)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UsageError(f"a row is none of throughput.py's ({error!r}); pass files that it has written") from error
-    if not any("ratio" in row for row in rows):
+    if not any("ratio" in row or _broken(row) for row in rows):
         raise UsageError("the files have no timed row in common")
     return rows
+
+
+def _timed(row: dict[str, Any]) -> bool:
+    """A row that failed on the way has times as well; they do not count."""
+    if not row.get("seconds") or row.get("status", "ok").startswith(BROKEN):
+        return False
+    if not (row["images_per_second"] > 0 and min(row["seconds"]) > 0):
+        raise ValueError(f"times of {row['model']}")
+    return True
+
+
+def _broken(row: dict[str, Any]) -> bool:
+    return str(row["after"].get("status")).startswith(BROKEN)
 
 
 def _condition(result: dict[str, Any], name: str) -> Any:
@@ -125,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         name, said = " ".join(map(str, row["key"])), verdict(row)
         if said.startswith("LOST"):
             print(f"{name}: {said}")
-            failed = True
+            failed |= _broken(row)
         elif options.fail_below and said != "too few rounds" and row["high"] < options.fail_below:
             print(f"SLOWER: {name}: at most {row['high']:.3f}, not {options.fail_below}")
             failed = True

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import math
 import sys
 import time
@@ -28,7 +29,7 @@ from _terminal import Console, Table, track
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # an uninstalled checkout; an installed package comes first
 
 import torch
-from _cases import CASES, TOLERANCES, Case, exact_step, runners, step, tensors_of, worst_error
+from _cases import CASES, TOLERANCES, Case, Tensors, exact_step, runners, step, tensors_of, worst_error
 from _measure import device_name, select_device
 from _rates import bytes_per_second, median_seconds, operations_per_second
 
@@ -38,16 +39,15 @@ from t2t_fast.env import collect_env
 
 def measure(case: Case, batch: int, dtype: torch.dtype, device: torch.device, compiled: bool) -> list[dict[str, Any]]:
     """A row per variant: errors against the reference in float64, then forward, and forward with backward."""
-    tensors = tensors_of(case, batch, dtype, device)
-    sample = tensors_of(case, min(batch, 4), dtype, device)
-    functions, rows, want = runners(case), list[dict[str, Any]](), list[torch.Tensor]()
-    for variant, function in functions.items():
+    rows, tensors, sample, want = list[dict[str, Any]](), Tensors(), Tensors(), list[torch.Tensor]()
+    for variant, function in runners(case).items():
         if variant == "reference, compiled" and not compiled:
             continue
         row: dict[str, Any] = {"op": case.op, "use": case.use, "variant": variant, "passed": True, "status": "ok"}
         rows.append(row)
         try:
-            want = exact_step(case, sample) if variant == "reference" else want
+            sample = sample or tensors_of(case, min(batch, 4), dtype, device)
+            want = want or exact_step(case, sample)
             error = worst_error(step(function, sample), want)
             # Gradients that cancel are as wrong in the literal form: no worse than twice that, within limits.
             literal = 2 * (rows[0].get("error") or 0.0) if row is not rows[0] else 4 * TOLERANCES[dtype]
@@ -57,9 +57,10 @@ def measure(case: Case, batch: int, dtype: torch.dtype, device: torch.device, co
             if not row["passed"]:
                 row["status"] = f"wrong: {error:.1e}"
                 continue
+            tensors = tensors or tensors_of(case, batch, dtype, device)
             with torch.no_grad():
-                row["forward_s"] = median_seconds(lambda f=function: f(tensors), device)  # type: ignore[misc]
-            row["training_s"] = median_seconds(lambda f=function: step(f, tensors), device)  # type: ignore[misc]
+                row["forward_s"] = median_seconds(functools.partial(function, tensors), device)
+            row["training_s"] = median_seconds(functools.partial(step, function, tensors), device)
         except t2t_fast.BackendUnavailable as error:
             row["status"] = f"cannot run: {error}"
         except Exception as error:  # whatever a compiler or a driver says: the other rows go on

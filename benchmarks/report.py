@@ -96,7 +96,7 @@ def _measured(files: Sequence[tuple[Path, Result]]) -> str:
     """A row for every machine, mode and precision in which T2T-ViT-14 was measured by default, 224 px."""
     body: dict[tuple[Any, ...], list[str]] = {}
     for path, result in files:
-        if result["benchmark"] != "throughput":
+        if result["benchmark"] != "throughput" or result.get("with_loader"):  # the loader's speed is another thing
             continue
         kinds: dict[tuple[Any, ...], dict[tuple[Any, ...], float]] = {}
         for row in normalised(result):

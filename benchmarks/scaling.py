@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from _common import OneLineParser, UsageError, fraction, positive_int, positive_number, read_json, write_text
-from _tables import markdown
+from _tables import Row, markdown, normalised
 
 if TYPE_CHECKING:
     from t2t_fast.macs import Macs
@@ -51,7 +51,6 @@ _STEP = (
     "images/s",
     "minutes for 310 epochs",
 )
-LINK = "../benchmarks/results/"
 MARKER = re.compile(r"(<!-- computed -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -135,8 +134,10 @@ def step(cost: Macs, batch: int, gpus: int, machine: Machine, images_per_second:
     return replace(computed, exposed=reduction - hidden)
 
 
-def measured(path: Path) -> dict[str, float]:
-    """Images per second in training on one GPU, by model: the fastest right row of a file of throughput.py.
+def measured(path: Path, batch: int) -> dict[str, Row]:
+    """Rows of training on one GPU at 224 px from a file of throughput.py, by model.
+
+    Of several one with this batch, then one of ``auto``, then the fastest.
 
     Raises:
         UsageError: It has none.
@@ -146,13 +147,38 @@ def measured(path: Path) -> dict[str, float]:
         raise UsageError(
             f"--result: {str(path)!r} was measured on {result.get('device')!r}; pass a GPU's training file"
         )
-    rates: dict[str, float] = {}
-    for row in result["rows"]:
-        if row.get("mode") == "training" and row.get("status") == "ok" and row.get("model") in MODELS:
-            rates[row["model"]] = max(rates.get(row["model"], 0.0), row["images_per_second"])
-    if not rates:
+    if result.get("with_loader"):
+        raise UsageError(f"--result: {str(path)!r} was measured with its loader; pass a file without")
+    found: dict[str, Row] = {}
+    try:
+        rows = [row for row in normalised(result) if row["mode"] == "training" and row["status"] == "ok"]
+        rows = [row for row in rows if row["model"] in MODELS and row["img_size"] == 224]
+        for row in sorted(rows, key=lambda r: (r["batch_size"] == batch, r["variant"] == "auto", _speed(r))):
+            found[row["model"]] = row
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"--result: {str(path)!r} is no file of throughput.py ({error!r}); pass one") from error
+    if not found:
         raise UsageError(f"--result: {str(path)!r} has no training speed of {', '.join(MODELS)}; pass one that has")
-    return rates
+    return {name: found[name] for name in MODELS if name in found}
+
+
+def _speed(row: Row) -> float:
+    if not row["images_per_second"] > 0:
+        raise ValueError(f"images_per_second: {row['images_per_second']}")
+    return float(row["images_per_second"])
+
+
+def told(path: Path, rows: Mapping[str, Row]) -> str:
+    """Which figures are measured, and where."""
+    hardware, folder = read_json("--result", path).get("hardware"), ROOT / "benchmarks" / "results"
+    parts = (
+        f"{name} {row['images_per_second']:.0f} ({row['variant']}, {row['precision']}, batches of {row['batch_size']})"
+        for name, row in rows.items()
+    )
+    committed = path.resolve().parent == folder
+    file = f"[{path.name}](../benchmarks/results/{path.name})" if committed else path.name
+    text = f"Measured on one {hardware}, images per second: {', '.join(parts)}; {file}."
+    return f"{text} The time under arithmetic is theirs, traffic included; models without a measurement are computed."
 
 
 def tables(machine: Machine, batch: int, rates: Mapping[str, float]) -> str:
@@ -203,16 +229,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = ("flops", "efficiency", "bandwidth", "node", "link", "network", "latency", "overlap")
     machine = Machine(**{name: getattr(options, name) for name in names})
     try:
-        rates = {} if options.result is None else measured(options.result)
+        rows = {} if options.result is None else measured(options.result, options.batch_size)
     except UsageError as error:
         print(f"scaling.py: error: {error}", file=sys.stderr)
         return 2
-    text = tables(machine, options.batch_size, rates)
-    if rates:
-        told = ", ".join(f"{name} {rate:.0f}" for name, rate in rates.items())
-        name = options.result.name
-        text += f"\n\nMeasured on one GPU, images per second: {told} ([{name}]({LINK}{name}))."
-        text += " The time under arithmetic is theirs, traffic included; models without a measurement are computed."
+    text = tables(machine, options.batch_size, {name: row["images_per_second"] for name, row in rows.items()})
+    if rows:
+        text += f"\n\n{told(options.result, rows)}"
     if options.write:
         write_text(PAGE, MARKER.sub(lambda match: f"{match[1]}\n{text}\n\n{match[2]}", PAGE.read_text()))
     else:

@@ -46,8 +46,8 @@ def test_real_differences_and_noise(compare: ModuleType, tmp_path: Path, capsys:
     a = make(tmp_path / "a.json", {"fast": 1.0, "slow": 1.0, "same": 1.0, "gone": 1.0})
     b = make(tmp_path / "b.json", {"fast": 0.8, "slow": 1.1, "same": 1.002, "new": 1.0})
     rows = {row["key"][0]: row for row in compare.compare(*(json.loads(p.read_text()) for p in (a, b)))}
-    assert rows.keys() == {"fast", "slow", "same"}
     assert {name: compare.verdict(row) for name, row in rows.items()} == {
+        "gone": "LOST: missing",
         "fast": "faster",
         "slow": "slower",
         "same": "same",
@@ -57,7 +57,9 @@ def test_real_differences_and_noise(compare: ModuleType, tmp_path: Path, capsys:
     assert rows["same"]["high"] - rows["same"]["low"] < 0.05
     assert compare.main([str(a), str(b)]) == 0
     assert compare.main([str(a), str(b), "--fail-below", "0.97"]) == 1
-    assert "SLOWER: slow auto inference float32 8 224" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "SLOWER: slow auto inference float32 8 224" in told
+    assert "gone auto inference float32 8 224: LOST: missing" in told
     assert compare.main([str(a), str(a), "--fail-below", "0.99"]) == 0
 
 
@@ -71,16 +73,45 @@ def test_few_rounds_have_no_verdict(compare: ModuleType, tmp_path: Path) -> None
     assert compare.main([str(a), str(b), "--fail-below", "0.99"]) == 0
 
 
-@pytest.mark.parametrize("status", ["wrong", "out of memory", "failed: RuntimeError: x"])
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [("wrong", 1), ("out of memory", 1), ("failed: RuntimeError: x", 1), ("cannot run: y", 0), ("pending", 0)],
+)
 def test_rows_that_were_lost(
-    compare: ModuleType, status: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    compare: ModuleType, status: str, code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     a, b = (make(tmp_path / name, {"m": 1.0, "n": 1.0}) for name in ("a.json", "b.json"))
     lost = json.loads(b.read_text())
     lost["rows"][1] |= {"status": status, "seconds": [], "images_per_second": None}
     b.write_text(json.dumps(lost))
-    assert compare.main([str(a), str(b)]) == 1
+    assert compare.main([str(a), str(b)]) == code
     assert f"n auto inference float32 8 224: LOST: {status}" in capsys.readouterr().out
+
+
+def test_times_before_a_failure_do_not_count(
+    compare: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor does it matter that no row is left to compare."""
+    a, b = (make(tmp_path / name, {"m": 1.0}) for name in ("a.json", "b.json"))
+    failed = json.loads(b.read_text())
+    failed["rows"][0]["status"] = "failed: RuntimeError: in the sixth round"
+    b.write_text(json.dumps(failed))
+    assert compare.main([str(a), str(b)]) == 1
+    assert "LOST: failed: RuntimeError: in the sixth round" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("changes", [{"images_per_second": None}, {"seconds": [0.0]}, {"seconds": ["1"]}])
+def test_damaged_rows(
+    compare: ModuleType, changes: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a, b = (make(tmp_path / name, {"m": 1.0}) for name in ("a.json", "b.json"))
+    damaged = json.loads(b.read_text())
+    damaged["rows"][0] |= changes
+    b.write_text(json.dumps(damaged))
+    with pytest.raises(SystemExit) as exit:
+        compare.main([str(a), str(b)])
+    assert exit.value.code == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_noise_widens_the_interval(compare: ModuleType) -> None:
@@ -107,6 +138,7 @@ def test_files_of_the_first_format(compare: ModuleType) -> None:
         ({"rows": []}, "the files have no timed row in common"),
         ({"rows": [1]}, "a row is none of throughput.py's"),
         ({"rows": [{"seconds": [1.0]}]}, "a row is none of throughput.py's"),
+        ({"environment": [1]}, "a row is none of throughput.py's"),
         ({"with_loader": True}, "the files are of different with_loader: False and True"),
         ({"environment": {"cpu": {"torch_threads": 64}}}, "the files are of different threads: None and 64"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -76,7 +78,9 @@ def test_all_wrong_by_a_factor(kernels: ModuleType, tmp_path: Path, monkeypatch:
     path = tmp_path / "kernels.json"
     arguments = ["--ops", "se_gate", "--batch-size", "1", "--no-compile", "--device", "cpu"]
     assert kernels.main([*arguments, "--output", str(path)]) == 1
-    assert not [row for row in json.loads(path.read_text())["rows"] if row["passed"]]
+    rows = json.loads(path.read_text())["rows"]
+    assert {row["status"].partition(":")[0] for row in rows} <= {"wrong", "cannot run"}  # native may not be built
+    assert rows[0]["status"].startswith("wrong")
 
 
 def test_a_row_that_fails_does_not_end_the_others(
@@ -96,6 +100,83 @@ def test_a_row_that_fails_does_not_end_the_others(
     rows = {(row["op"], row["variant"]): row for row in json.loads(path.read_text())["rows"]}
     assert rows["add_layer_norm", "aten"]["status"] == "failed: RuntimeError: out of resources: shared memory"
     assert rows["add_layer_norm", "reference"]["passed"] and rows["se_gate", "aten"]["passed"]
+
+
+def test_tensors_that_do_not_fit(kernels: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even those of the batch to be timed end the other ops."""
+    tensors_of = kernels.tensors_of
+
+    def limited(case: Any, batch: int, *args: Any) -> Any:
+        if case.op == "add_layer_norm" and batch > 4:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+        return tensors_of(case, batch, *args)
+
+    monkeypatch.setattr(kernels, "tensors_of", limited)
+    path = tmp_path / "kernels.json"
+    arguments = ["--ops", "add_layer_norm", "se_gate", "--batch-size", "5", "--no-compile", "--device", "cpu"]
+    assert kernels.main([*arguments, "--output", str(path)]) == 0
+    rows = {(row["op"], row["variant"]): row for row in json.loads(path.read_text())["rows"]}
+    assert rows["add_layer_norm", "reference"]["status"] == rows["add_layer_norm", "aten"]["status"] == "out of memory"
+    assert "training_s" in rows["se_gate", "aten"]
+
+
+def test_a_reference_that_fails_blames_no_other(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    (case,) = (case for case in kernels.CASES if case.op == "se_gate")
+    exact, calls = kernels.exact_step, list[int]()
+
+    def failing_once(*args: Any) -> Any:
+        calls.append(0)
+        if len(calls) == 1:
+            raise RuntimeError("once")
+        return exact(*args)
+
+    monkeypatch.setattr(kernels, "exact_step", failing_once)
+    rows = {row["variant"]: row for row in kernels.measure(case, 1, torch.float32, torch.device("cpu"), False)}
+    assert rows["reference"]["status"] == "failed: RuntimeError: once"
+    assert rows["aten"]["status"] == "ok"
+
+
+def test_exchanged_gradients_are_wrong(kernels: ModuleType) -> None:
+    """Of an op with two results of one shape."""
+    from _cases import exact_step, step, tensors_of, worst_error
+
+    (case,) = (case for case in kernels.CASES if case.op == "add_layer_norm")
+    tensors = tensors_of(case, 1, torch.float32, torch.device("cpu"))
+
+    class Exchanged(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, a: torch.Tensor, b: torch.Tensor) -> Any:
+            return a.clone(), b.clone()
+
+        @staticmethod
+        def backward(ctx: Any, a: torch.Tensor, b: torch.Tensor) -> Any:
+            return b, a
+
+    want = exact_step(case, tensors)
+    assert worst_error(step(lambda t: case.call("aten", t), tensors), want) < 1e-5
+    assert worst_error(step(lambda t: Exchanged.apply(*case.call("aten", t)), tensors), want) > 0.1
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.5])
+def test_the_suite_times_nothing_wrong(kernels: ModuleType, factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    import test_ops
+
+    monkeypatch.setattr(test_ops, "rates", lambda: (1e9, 1e9))
+    (case,) = (case for case in kernels.CASES if case.op == "se_gate")
+
+    def call(backend: str, tensors: Any) -> torch.Tensor:
+        return case.call(backend, tensors) * (factor if backend == "aten" else 1.0)
+
+    class Benchmark:
+        timed, stats, extra_info = False, None, dict[str, Any]()
+
+        def __call__(self, function: Any) -> None:
+            self.timed = True
+
+    benchmark, changed = Benchmark(), dataclasses.replace(case, call=call)
+    with contextlib.nullcontext() if factor == 1 else pytest.raises(AssertionError):
+        test_ops.test_op(benchmark, changed, "aten", "forward")
+    assert benchmark.timed == (factor == 1)
 
 
 def test_every_case_is_compiled(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

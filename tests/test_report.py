@@ -103,6 +103,30 @@ def test_gpu_tables_and_plots_appear_with_a_file(report: ModuleType, tmp_path: P
     assert first == second  # drawn twice, the same bytes
 
 
+def test_the_readme_shows_the_newest_run(report: ModuleType, tmp_path: Path) -> None:
+    """Of one machine, mode, precision and batch, whatever else the commands ask for; decoding is another thing."""
+    (tmp_path / "new.json").write_text(json.dumps(gpu_file(date="2026-02-01", command="x --models paper")))
+    (tmp_path / "old.json").write_text(json.dumps(gpu_file()))
+    loader = gpu_file(date="2026-03-01", command="x --with-loader", with_loader=True)
+    (tmp_path / "loader.json").write_text(json.dumps(loader))
+    measured = report.blocks(report.load(tmp_path))["measured"]
+    assert measured.count("[inference, bfloat16, batch 128]") == 1
+    assert "new.json" in measured and "old.json" not in measured and "loader.json" not in measured
+
+
+def test_a_tuning_file_is_shown(report: ModuleType, tmp_path: Path) -> None:
+    config = {"blocks": {"BLOCK_M": 64, "BLOCK_N": 32}, "num_warps": 8, "num_stages": 3}
+    row = {"table": "ADD_LAYER_NORM", "kind": "half", "tried": 5, "failed": {"c": "too large"}}
+    rows = [
+        row | {"status": "ok", "best": 0.9, "best_index": 1, "candidates": [{"config": {}}, {"config": config}]},
+        row | {"status": "shipped configuration: no", "best": None, "best_index": 0, "candidates": [{"config": {}}]},
+    ]
+    (tmp_path / "tuning.json").write_text(json.dumps(gpu_file(benchmark="tuning", rows=rows)))
+    text = report.blocks(report.load(tmp_path))["gpu"]
+    assert "| ADD_LAYER_NORM | half | 5 | 1 | 0.900 | m 64, n 32 | 8, 3 |" in text
+    assert "| ADD_LAYER_NORM | half | 5 | 1 | shipped configuration: no |  |  |" in text
+
+
 def test_what_is_no_result_file(report: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text("[]")
     with pytest.raises(report.UsageError, match=r"x\.json is no result file"):

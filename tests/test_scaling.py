@@ -13,6 +13,7 @@ import pytest
 from t2t_fast.macs import Macs
 
 ROOT = Path(__file__).resolve().parents[1]
+FILE = re.compile(r"Measured on one .*; \[(.+?)\]")
 
 
 @pytest.fixture
@@ -60,11 +61,19 @@ def test_a_step(scaling: ModuleType) -> None:
 
 
 def training_file(path: Path, **changes: Any) -> Path:
+    row = {"model": "t2t_vit_14", "mode": "training", "precision": "bfloat16", "img_size": 224}
     rows = [
-        {"model": "t2t_vit_14", "mode": "training", "status": status, "images_per_second": rate}
-        for rate, status in ((2000.0, "ok"), (2560.0, "ok"), (9000.0, "wrong"))
+        row | {"variant": variant, "batch_size": batch, "img_size": size, "status": status, "images_per_second": rate}
+        for variant, batch, size, rate, status in (
+            ("auto", 128, 224, 2000.0, "ok"),
+            ("auto", 128, 224, 2560.0, "ok"),
+            ("auto", 128, 224, 9000.0, "wrong"),
+            ("reference", 128, 224, 2700.0, "ok"),
+            ("auto", 512, 224, 3000.0, "ok"),
+            ("auto", 128, 112, 8000.0, "ok"),
+        )
     ]
-    path.write_text(json.dumps({"device": "cuda", "rows": rows} | changes))
+    path.write_text(json.dumps({"device": "cuda", "hardware": "NVIDIA X", "rows": rows} | changes))
     return path
 
 
@@ -75,13 +84,34 @@ def test_measured_speeds_of_one_gpu(scaling: ModuleType, tmp_path: Path, capsys:
     rows = {tuple(cells[:2]): cells for cells in ([c.strip() for c in row.split("|")[1:]] for row in text.splitlines())}
     assert rows["t2t_vit_14", "8"][3:5] == ["50.00", "0.00"]  # 128 images at 2560 per second
     assert rows["t2t_vit_19", "8"][3] == "26.34"  # computed
-    assert "Measured on one GPU, images per second: t2t_vit_14 2560 ([gpu.json]" in text
+    measured = "images per second: t2t_vit_14 2560 (auto, bfloat16, batches of 128); gpu.json."
+    assert f"Measured on one NVIDIA X, {measured}" in text
+    assert scaling.main(["--result", str(path), "--batch-size", "512"]) == 0
+    assert "t2t_vit_14 3000 (auto, bfloat16, batches of 512)" in capsys.readouterr().out
+
+
+def test_the_page_with_a_measured_file(scaling: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = tmp_path / "benchmarks" / "results"
+    results.mkdir(parents=True)
+    page = tmp_path / "scaling.md"
+    page.write_text("before\n<!-- computed -->\nold\n<!-- end -->\nafter\n")
+    monkeypatch.setattr(scaling, "ROOT", tmp_path)
+    monkeypatch.setattr(scaling, "PAGE", page)
+    assert scaling.main(["--result", str(training_file(results / "gpu.json")), "--write"]) == 0
+    text = page.read_text()
+    assert "; [gpu.json](../benchmarks/results/gpu.json)." in text
+    assert FILE.findall(text) == ["gpu.json"]
+    assert scaling.main(["--write"]) == 0
+    assert "Measured" not in page.read_text() and "old" not in page.read_text()
 
 
 def test_bad_arguments(scaling: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for changes, message in (
         ({"device": "cpu"}, "was measured on 'cpu'; pass a GPU's training file"),
         ({"rows": []}, "has no training speed of t2t_vit_14"),
+        ({"rows": [1]}, "is no file of throughput.py"),
+        ({"rows": [{"model": "t2t_vit_14", "mode": "training", "img_size": 224}]}, "is no file of throughput.py"),
+        ({"with_loader": True}, "was measured with its loader"),
     ):
         assert scaling.main(["--result", str(training_file(tmp_path / "x.json", **changes))]) == 2
         (line,) = capsys.readouterr().err.splitlines()
@@ -98,6 +128,6 @@ def test_bad_arguments(scaling: ModuleType, tmp_path: Path, capsys: pytest.Captu
 
 def test_the_page_is_what_the_script_computes(scaling: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     page = (ROOT / "docs" / "scaling.md").read_text()
-    files = re.findall(r"Measured on one GPU, .*\(\[(.+?)\]", page)
+    files = FILE.findall(page)
     assert scaling.main(["--result", str(ROOT / "benchmarks" / "results" / files[0])] if files else []) == 0
     assert capsys.readouterr().out.strip() in page
