@@ -161,14 +161,25 @@ def guarded(row: Row) -> Iterator[None]:
     except (CannotRun, t2t_fast.BackendUnavailable) as error:
         row.status = f"cannot run: {' '.join(str(error).split())}"
     except Exception as error:  # whatever a compiler, a driver or another's model says
-        text = " ".join(str(error).split())
-        lacks_memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in text
-        row.status = "out of memory" if lacks_memory else f"failed: {type(error).__name__}: {text[:200]}"
+        row.status = failure(error)
     if row.status == "out of memory":
         row.drop()
-        if torch.cuda.is_available():
-            with contextlib.suppress(RuntimeError):  # after an error that nothing on the device survives
-                torch.cuda.empty_cache()
+        give_back()
+
+
+def give_back() -> None:
+    """Let go of the memory that CUDA holds in reserve."""
+    if torch.cuda.is_available():
+        with contextlib.suppress(RuntimeError):  # after an error that nothing on the device survives
+            torch.cuda.empty_cache()
+
+
+def failure(error: Exception) -> str:
+    """The status of what raised ``error``, on one line."""
+    text = " ".join(str(error).split())
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in text:
+        return "out of memory"
+    return f"failed: {type(error).__name__}: {text[:200]}"
 
 
 def batch_for(row: Row, oracle: Oracle) -> Tensor:

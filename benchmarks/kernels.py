@@ -12,7 +12,6 @@ gradient that is wrong prints its error in place of a time, and the exit status 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import math
 import sys
@@ -30,7 +29,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # an uninstalled chec
 
 import torch
 from _cases import CASES, TOLERANCES, Case, Tensors, exact_step, runners, step, tensors_of, worst_error
-from _measure import device_name, select_device
+from _measure import device_name, failure, give_back, select_device
 from _rates import bytes_per_second, median_seconds, operations_per_second
 
 import t2t_fast
@@ -64,13 +63,9 @@ def measure(case: Case, batch: int, dtype: torch.dtype, device: torch.device, co
         except t2t_fast.BackendUnavailable as error:
             row["status"] = f"cannot run: {error}"
         except Exception as error:  # whatever a compiler or a driver says: the other rows go on
-            text = " ".join(str(error).split())
-            lacks_memory = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in text
-            row["status"] = "out of memory" if lacks_memory else f"failed: {type(error).__name__}: {text[:200]}"
-            row["passed"] = lacks_memory
-            if device.type == "cuda":
-                with contextlib.suppress(RuntimeError):  # after an error that nothing on the device survives
-                    torch.cuda.empty_cache()
+            row["status"] = failure(error)
+            row["passed"] = row["status"] == "out of memory"
+            give_back()
     return rows
 
 
