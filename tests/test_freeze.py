@@ -35,7 +35,9 @@ def test_same_logits(name: str) -> None:
     assert relative_error(frozen(images[:1]), want[:1]) < DTYPES[torch.float32]
     assert frozen(images[:0]).shape == (0, 5)
     assert not [m for m in frozen.modules() if isinstance(m, nn.Dropout) or getattr(m, "drop_prob", 0)]
-    assert any("2 LayerNorms" in note or "4 LayerNorms" in note for note in frozen.notes)
+    norms = 4 + (0 if "_c_" in name else 4)  # of two blocks, and of the token layers
+    assert frozen.notes[0].startswith(f"{norms} LayerNorms")
+    assert [n.elementwise_affine for n in frozen.modules() if isinstance(n, nn.LayerNorm)] == [False] * norms + [True]
     assert "logits of a probe batch agree" in frozen.notes[-1]
     assert frozen.notes[-1] in repr(frozen)
 
@@ -111,7 +113,7 @@ def test_what_is_watched_or_replaced_stays() -> None:
     seen.clear()
     assert relative_error(frozen(images), model(images)) < 1e-5
     assert len(seen) == 2  # the hook came along with the copy
-    assert "2 LayerNorms" in frozen.notes[0]
+    assert "6 LayerNorms" in frozen.notes[0]
 
 
 def test_branches_that_somebody_changes_keep_their_norms() -> None:
@@ -120,7 +122,7 @@ def test_branches_that_somebody_changes_keep_their_norms() -> None:
     model.blocks[0].attn.register_forward_pre_hook(lambda module, args: (2 * args[0] + 1,))
     model.blocks[1].mlp.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     frozen = t2t_fast.freeze(model)
-    assert "2 LayerNorms" in frozen.notes[0]
+    assert "6 LayerNorms" in frozen.notes[0]
     seen.clear()
     assert relative_error(frozen(images), model(images)) < 1e-5
     torch.testing.assert_close(*seen, rtol=1e-4, atol=1e-5)
@@ -139,7 +141,7 @@ def test_foreign_branches_are_called() -> None:
     model.blocks[0].attn = Wrapped(model.blocks[0].attn)
     model.blocks[1].mlp = nn.Sequential(nn.Linear(256, 256), nn.GELU())
     frozen = t2t_fast.freeze(model)
-    assert "2 LayerNorms" in frozen.notes[0]
+    assert "6 LayerNorms" in frozen.notes[0]
     assert relative_error(frozen(images), model(images)) < 1e-5
 
 
@@ -148,7 +150,7 @@ def test_shared_weights_are_not_folded_twice() -> None:
     model.blocks[1].attn.qkv.weight = model.blocks[0].attn.qkv.weight
     model.blocks[1].mlp = model.blocks[0].mlp
     frozen = t2t_fast.freeze(model)
-    assert "0 LayerNorms" in frozen.notes[0]
+    assert "4 LayerNorms" in frozen.notes[0]
     assert relative_error(frozen(images), model(images)) < 1e-5
 
 

@@ -93,6 +93,32 @@ def test_optional_arguments(backend: str, norm: bool, bias: bool) -> None:
     assert_close(run(backend, tensors, geometry), reference.forward(*tensors, *geometry), torch.float64, 576)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_folded(backend: str, tokens: bool, dtype: torch.dtype) -> None:
+    """Weights that hold a LayerNorm already, far from zero and on flat patches too, and the image's gradient."""
+    skip_unless_possible(backend, dtype)
+    tensors, geometry = make(CASES[1], tokens)
+    image, weight, bias, gamma, beta = tensors
+    image[0] += 3
+    image[1] = 7
+    folded = [t.to(dtype) for t in (weight * gamma - (weight * gamma).mean(1, keepdim=True), weight @ beta + bias)]
+    inputs = [image.to(dtype), *folded, None, None]
+    want = reference.forward(image.to(dtype).double(), weight, bias, gamma, beta, *geometry)
+    with torch.no_grad():
+        got = ops.soft_split_linear(*inputs, *geometry, folded=True, backend=backend)
+    assert got.dtype == dtype
+    assert_close(got, want, dtype, 576)
+    if dtype == torch.float64:
+        x = image + torch.randn_like(image)
+        grad = torch.randn_like(want)
+        (found,) = gradients(
+            lambda x: ops.soft_split_linear(x, *inputs[1:], *geometry, folded=True, backend=backend), [x], grad
+        )
+        assert_close(found, reference.backward(grad, x, *tensors[1:], *geometry)[0], dtype, 576, grad=True)
+
+
 @pytest.mark.parametrize("tokens", [False, True])
 @pytest.mark.parametrize("norm", [False, True])
 def test_gradcheck(tokens: bool, norm: bool) -> None:
@@ -329,3 +355,8 @@ def test_bad_input_is_named() -> None:
         run("auto", [x, weight, bias[1:], gamma, beta], geometry)
     with pytest.raises(ValueError, match=r"norm_bias was given without norm_weight"):
         run("auto", [x, weight, bias, None, beta], geometry)
+    tensors[4] = torch.zeros(147)
+    with pytest.raises(ValueError, match=r"folded=True says that weight holds norm_weight already; pass norm_weight=N"):
+        ops.soft_split_linear(*tensors[:3], torch.ones(147), *tensors[4:], *geometry, folded=True)
+    with pytest.raises(ValueError, match=r"folded=True is for inference, and weight requires a gradient"):
+        ops.soft_split_linear(*leaves(*tensors[:3]), None, None, *geometry, folded=True)

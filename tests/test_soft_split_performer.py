@@ -62,6 +62,30 @@ def test_inference(case: str, backend: str, dtype: torch.dtype) -> None:
     assert_close(got, want, dtype, tensors[1].shape[1] + want.shape[1])
 
 
+@pytest.mark.parametrize("case", ["image", "tokens"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_folded(case: str, backend: str, dtype: torch.dtype) -> None:
+    """Both LayerNorms in the weights behind them, as in a frozen model."""
+    skip_unless_possible(backend, dtype)
+    tensors, geometry = make(case)
+    want = ops.soft_split_performer(*tensors, **geometry, backend="reference")
+    folded: list[Any] = list(tensors)
+    for weight, gamma in ((1, 3), (10, 8)):  # and the places of the bias and of beta behind them
+        folded[weight + 1] = tensors[weight + 1] + tensors[weight] @ tensors[gamma + 1]
+        folded[weight] = tensors[weight] * tensors[gamma]
+        folded[gamma] = folded[gamma + 1] = None
+    folded[1] -= folded[1].mean(1, keepdim=True)
+    folded = [None if t is None else t.to(dtype) for t in folded]
+    with torch.no_grad():
+        got = ops.soft_split_performer(*folded, **geometry, folded=True, backend=backend)
+    assert got.dtype == dtype
+    assert_close(got, want, dtype, tensors[1].shape[1] + want.shape[1])
+    if backend == "triton":
+        split = (*folded[:5], geometry["kernel_size"], None, None, None, 1e-5, True)
+        assert triton.not_joined(split, (*folded[5:], 0.0, 0.0, 1e-8, 1e-5)) is None
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", ["image", "tokens"])
 def test_gradients(case: str, backend: str) -> None:
@@ -156,6 +180,8 @@ def test_bad_input_is_named() -> None:
         ops.soft_split_performer(*wrong, **geometry)
     with pytest.raises(ValueError, match=r"proj_drop must be in \[0, 1\), got 1\.5"):
         ops.soft_split_performer(*tensors, **geometry, proj_drop=1.5)
+    with pytest.raises(ValueError, match="folded=True says that kqv_weight holds norm1_weight already"):
+        ops.soft_split_performer(*tensors, **geometry, folded=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

@@ -88,6 +88,25 @@ def test_forward_and_gradients(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("given", [(), ("gamma",), ("beta",)])
+def test_a_norm_without_weights(backend: str, given: tuple[str, ...]) -> None:
+    tensors = make(13, 16, 8, 12)
+    literal: list[Any] = list(tensors)
+    if "gamma" not in given:
+        tensors[4], literal[4] = torch.ones(16, dtype=torch.float64), None
+    if "beta" not in given:
+        tensors[5], literal[5] = torch.zeros(16, dtype=torch.float64), None
+    grad = torch.randn(2, 13, 16, dtype=torch.float64)
+    assert_close(ops.token_performer(*literal, backend=backend), by_modules(tensors), torch.float64, 29)
+    wanted = reference.backward(grad, *tensors, *EXACT)
+    w = literal.pop(1)
+    found = gradients(lambda kqv, *t: ops.token_performer(kqv, w, *t, backend=backend), literal, grad)
+    for g, expected, t in zip(found, pick(wanted, ALL_BUT_W), literal, strict=True):
+        if t is not None:
+            assert_close(g, expected, torch.float64, 400, grad=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_gradcheck(backend: str) -> None:
     inputs = leaves(*make(3, 4, 2, 5))
     function = learned(backend=backend)

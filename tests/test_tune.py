@@ -111,6 +111,29 @@ def test_the_shipped_configuration_cannot_be_timed(
     assert "1 failed, shipped configuration: RuntimeError" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("again", "wins"), [(0.5, True), (1.1, False)])
+def test_the_fastest_must_win_twice(
+    quick: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: float, wins: bool
+) -> None:
+    """The candidate beside the shipped one has another BLOCK_TOKENS, and is faster the first time."""
+    shipped, times = _shipped().blocks["BLOCK_TOKENS"], iter([1.0, 0.5, *(again, 1.0) * 3])
+    seen: list[int] = []
+
+    def timed(table: str, config: Any, *rest: Any) -> list[float]:
+        seen.append(config.blocks["BLOCK_TOKENS"])
+        return [next(times)]
+
+    monkeypatch.setattr(quick, "time_candidate", timed)
+    (row,) = rows_of(quick, tmp_path)
+    assert row["best"] == pytest.approx(again)
+    candidate = seen[1]
+    assert candidate != shipped
+    assert seen == [shipped, candidate, *[candidate, shipped] * 3]
+    (line,) = json.loads((tmp_path / "tuning.json").read_text())["snippets"]
+    assert f"tokens={candidate if wins else shipped}, " in line
+    assert 'tuned="the interpreter"' in line
+
+
 def test_what_was_tuned_on_this_chip_is_left_out(
     quick: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -34,16 +34,16 @@ def forward(
     padding: Pair,
     grid: Pair | None,
     eps: float,
+    folded: bool = False,
 ) -> Tensor:
     """(B, L, out); see :func:`t2t_fast.ops.soft_split_linear`."""
     image = as_image(x, grid)
     geometry = (kernel_size, stride, padding)
-    if norm_weight is None:
+    if norm_weight is None and not folded:
         return _to_tokens(_convolve(image, weight, bias, *geometry))
     dtype = compute_dtype(x, weight)
     with no_autocast(x):
-        bias, norm_bias = (None if t is None else t.to(dtype) for t in (bias, norm_bias))
-        centred, offset = fold_norm(weight.to(dtype), bias, norm_weight.to(dtype), norm_bias)
+        centred, offset = fold_norm(weight, bias, norm_weight, norm_bias, dtype)
     if product_dtype(x) in (torch.float16, torch.bfloat16):
         with no_autocast(x):
             mean, rstd, varied = patch_statistics(image.to(dtype), *geometry, eps)
@@ -61,13 +61,16 @@ def forward(
 
 
 def fold_norm(
-    weight: Tensor, bias: Tensor | None, norm_weight: Tensor, norm_bias: Tensor | None
+    weight: Tensor, bias: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Centred weights W_c (out, n) and the constant W beta + bias (out,)."""
-    scaled = weight * norm_weight
-    offset = weight.new_zeros(weight.shape[0]) if bias is None else bias
+    """W_c (out, n) and the constant W beta + bias (out,) in ``dtype``; without gamma ``weight`` is W_c already."""
+    weight = weight.to(dtype)
+    offset = weight.new_zeros(weight.shape[0]) if bias is None else bias.to(dtype)
+    if norm_weight is None:
+        return weight, offset
+    scaled = weight * norm_weight.to(dtype)
     if norm_bias is not None:
-        offset = offset + weight @ norm_bias
+        offset = offset + weight @ norm_bias.to(dtype)
     return scaled - scaled.mean(dim=1, keepdim=True), offset
 
 

@@ -24,8 +24,8 @@ def forward(
     w: Tensor,
     proj_weight: Tensor,
     proj_bias: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
     fc1_weight: Tensor,
     fc1_bias: Tensor,
     fc2_weight: Tensor,
@@ -59,8 +59,8 @@ def _token_performer(
     w: Tensor,
     proj_weight: Tensor,
     proj_bias: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
     fc1_weight: Tensor,
     fc1_bias: Tensor,
     fc2_weight: Tensor,
@@ -120,7 +120,7 @@ class _TokenPerformer(torch.autograd.Function):
         d_fc1_weight, d_fc1_bias = _outer(d_hidden, normed), d_hidden.sum((0, 1))
         d_normed = torch.mm(d_hidden.flatten(0, 1), fc1_weight, out=normed.view(-1, normed.shape[2])).view_as(y)
         dy, d_norm_weight, d_norm_bias = torch.ops.aten.native_layer_norm_backward(
-            d_normed, y, y.shape[-1:], mean, rstd, norm_weight, norm_bias, (True, True, True)
+            d_normed, y, y.shape[-1:], mean, rstd, norm_weight, norm_bias, (True, *ctx.needs_input_grad[4:6])
         )
         dy = dy.add_(grad)
         d_proj = dy if proj_mask is None else torch.mul(dy, proj_mask, out=d_normed)

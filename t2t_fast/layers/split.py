@@ -15,7 +15,13 @@ torch.fx.wrap("soft_split_linear")
 
 
 def split_linear(
-    x: Tensor, linear: Any, norm: Any, window: tuple[int, int, int], grid: tuple[int, int] | None, backend: str
+    x: Tensor,
+    linear: Any,
+    norm: Any,
+    window: tuple[int, int, int],
+    grid: tuple[int, int] | None,
+    backend: str,
+    folded: bool = False,
 ) -> Tensor:
     """``linear(norm(soft_split(x)))``, (B, L, out); as one op, unless one of both was replaced or is watched.
 
@@ -26,6 +32,7 @@ def split_linear(
         window: Kernel size, stride and padding.
         grid: Height and width of a token grid.
         backend: Passed to the ops.
+        folded: ``norm`` has no weights, and ``linear`` those of :func:`t2t_fast.ops.soft_split_linear` for that case.
     """
     if not are_plain(linear, *(() if norm is None else (norm,))):
         tokens = soft_split(x, *window, grid=grid, backend=backend)
@@ -33,5 +40,5 @@ def split_linear(
     options: dict[str, Any] = {"grid": grid, "backend": backend}
     if norm is None:
         return soft_split_linear(x, linear.weight, linear.bias, None, None, *window, **options)
-    options["eps"] = norm.eps
+    options |= {"eps": norm.eps, "folded": folded}
     return soft_split_linear(x, linear.weight, linear.bias, norm.weight, norm.bias, *window, **options)

@@ -34,6 +34,7 @@ class TokenPerformer(nn.Module):
     """
 
     mlp: Any  # a Sequential, whose entries a type checker knows only as Module
+    folded = False  # whether norm1 is in kqv, as freeze leaves it
 
     def __init__(
         self,
@@ -98,6 +99,7 @@ class TokenPerformer(nn.Module):
             eps=self.epsilon,
             norm1_eps=self.norm1.eps,
             norm2_eps=self.norm2.eps,
+            folded=self.folded,
             backend=self.backend,
         )
 

@@ -31,6 +31,7 @@ class TokenTransformer(nn.Module):
     """
 
     attn: Any  # a ModuleDict, whose entries a type checker knows only as Module
+    folded = False  # whether norm1 is in qkv, as freeze leaves it
 
     def __init__(
         self,
@@ -55,7 +56,7 @@ class TokenTransformer(nn.Module):
 
     def forward(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Image (B, C, H, W), or tokens (B, H*W, C) with ``grid=(H, W)``, to tokens (B, L, token_dim)."""
-        tokens = split_linear(x, self.attn["qkv"], self.norm1, self.window, grid, self.backend)
+        tokens = split_linear(x, self.attn["qkv"], self.norm1, self.window, grid, self.backend, self.folded)
         q, k, v = tokens.unsqueeze(1).chunk(3, dim=-1)
         y = attention(q, k, v, self.scale, backend=self.backend).squeeze(1)
         y = v.squeeze(1) + apply_linear(y, self.attn["proj"], self.backend)

@@ -11,7 +11,7 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from ..layers import Attention, Block, SEMlp, Transition
+from ..layers import Attention, Block, SEMlp, TokenPerformer, TokenTransformer, Transition
 from ..layers.ghost import GhostAttention, GhostMlp
 from ..layers.mlp import Mlp, are_plain, is_watched
 from ..layers.packed_linear import PackedLinear
@@ -83,9 +83,9 @@ class FrozenT2TViT(nn.Module):
 def freeze(model: nn.Module, dtype: torch.dtype | None = None) -> FrozenT2TViT:
     """A copy of ``model`` for the fastest inference, with the same call.
 
-    The blocks' LayerNorms' weights and biases go into the Linears behind them, dropout and stochastic depth go, and
-    weights are cast once and, for a CPU, rearranged for its products. Before it is returned, its logits for a batch of
-    noise are compared with those of ``model``.
+    The weights and biases of the blocks' and token layers' LayerNorms go into the Linears behind them, dropout and
+    stochastic depth go, and weights are cast once and, for a CPU, rearranged for its products. Before it is returned,
+    its logits for a batch of noise are compared with those of ``model``.
 
     Args:
         model: A :class:`T2TViT`, or whatever :func:`t2t_fast.optimize` makes one of. It is left as it is. Whatever
@@ -114,7 +114,7 @@ def freeze(model: nn.Module, dtype: torch.dtype | None = None) -> FrozenT2TViT:
     dtype = own if dtype is None else dtype
     twin = twin.to(torch.promote_types(own, dtype))  # rounded to fewer bits only at the end
     uses = Counter(id(parameter) for _, parameter in twin.named_parameters(remove_duplicate=False))
-    folded = sum(_fold_norms(block, uses) for block in twin.blocks if isinstance(block, Block))
+    folded = sum(_fold_norms(module, uses) for module in list(twin.modules()))
     notes.append(f"{folded} LayerNorms folded into the Linears behind them")
     removed = _remove_dropout(twin)
     if removed:
@@ -136,25 +136,37 @@ def _recast(frozen: FrozenT2TViT, dtype: torch.dtype) -> FrozenT2TViT:
     return other
 
 
-def _fold_norms(block: Block, uses: Counter[int]) -> int:
-    """Fold the block's two norms; returns how many could be.
+def _fold_norms(module: Any, uses: Counter[int]) -> int:
+    """Fold the two norms of a block or a token layer; returns how many could be, none in any other module.
 
     Not where somebody watches what lies in between, or the Linear's weights, of which ``uses`` counts the owners, serve
     elsewhere too.
     """
     folded = 0
-    for norm_name, branch_name in (("norm1", "attn"), ("norm2", "mlp")):
-        norm: Any = block.get_submodule(norm_name)
-        branch: Any = block.get_submodule(branch_name)
-        linears = _behind(branch)
+    for name, branch, linears in _norms_of(module):
+        norm: Any = module.get_submodule(name)
         alone = all(uses[id(parameter)] == 1 for linear in linears for parameter in linear.parameters())
         plain = isinstance(norm, nn.LayerNorm) and norm.elementwise_affine
         if plain and linears and alone and are_plain(norm, *linears) and not is_watched(branch):
+            behind_split = name == "norm1" and not isinstance(module, Block)
             for linear in linears:
-                _fold(norm, linear)
-            setattr(block, norm_name, nn.LayerNorm(norm.normalized_shape, norm.eps, elementwise_affine=False))
+                _fold(norm, linear, centre=behind_split)
+            setattr(module, name, nn.LayerNorm(norm.normalized_shape, norm.eps, elementwise_affine=False))
+            if behind_split:
+                module.folded = True
             folded += 1
     return folded
+
+
+def _norms_of(module: Any) -> list[tuple[str, Any, list[Any]]]:
+    """For each norm its name, the branch called with what it returns, and the Linears that this calls first."""
+    if type(module) is TokenPerformer:
+        return [("norm1", module.kqv, [module.kqv]), ("norm2", module.mlp, [module.mlp[0]])]
+    if type(module) is TokenTransformer:
+        return [("norm1", module.attn, [module.attn["qkv"]]), ("norm2", module.mlp, _behind(module.mlp))]
+    if isinstance(module, Block):
+        return [("norm1", module.attn, _behind(module.attn)), ("norm2", module.mlp, _behind(module.mlp))]
+    return []
 
 
 def _behind(branch: Any) -> list[Any]:
@@ -167,8 +179,11 @@ def _behind(branch: Any) -> list[Any]:
 
 
 @torch.no_grad()
-def _fold(norm: Any, linear: Any) -> None:
-    """W (gamma z + beta) + b = (W gamma) z + (W beta + b), on the CPU: not every device has float64."""
+def _fold(norm: Any, linear: Any, centre: bool) -> None:
+    """W (gamma z + beta) + b = (W gamma) z + (W beta + b), on the CPU: not every device has float64.
+
+    To ``centre`` is to take each row's mean out of W gamma, which changes nothing since z has the mean 0.
+    """
     weight = linear.weight.cpu().double()
     if norm.bias is not None:
         offset = weight @ norm.bias.cpu().double()
@@ -176,7 +191,8 @@ def _fold(norm: Any, linear: Any) -> None:
             linear.bias.copy_(linear.bias.cpu().double() + offset)
         else:
             linear.bias = nn.Parameter(offset.to(linear.weight), requires_grad=False)
-    linear.weight.copy_(weight * norm.weight.cpu().double())
+    weight = weight * norm.weight.cpu().double()
+    linear.weight.copy_(weight - weight.mean(dim=1, keepdim=True) if centre else weight)
 
 
 def _remove_dropout(model: nn.Module) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..aten import soft_split_linear as aten_soft_split_linear
@@ -41,6 +42,7 @@ def soft_split_linear(
     grid: Sequence[int] | None = None,
     eps: float = 1e-5,
     *,
+    folded: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """``linear(layer_norm(soft_split(x)))`` (paper §3.1), without the long tokens where the backend can.
@@ -56,6 +58,8 @@ def soft_split_linear(
         padding: Zeros on each side, an int or a pair; they count in the LayerNorm's statistics.
         grid: (H, W) of the token grid; None for an image.
         eps: LayerNorm's epsilon.
+        folded: There is a LayerNorm, without weights of its own: ``weight``, whose rows have the mean 0, and ``bias``
+            hold them already, as :func:`t2t_fast.freeze` makes them. For inference: such weights get no gradient.
         backend: See :mod:`t2t_fast.ops`.
 
     Returns:
@@ -63,11 +67,12 @@ def soft_split_linear(
 
     Raises:
         TypeError: An argument has the wrong type or dtype.
-        ValueError: Shapes do not fit together.
+        ValueError: Shapes do not fit together; or ``folded`` with ``norm_weight``, or with weights to be trained.
         BackendUnavailable: ``backend`` names one that cannot run here.
     """
     checked = check_soft_split_linear(x, weight, bias, norm_weight, norm_bias, kernel_size, stride, padding, grid)
-    return _OP(backend, *checked, eps)
+    check_folded(folded, weight, norm_weight)
+    return _OP(backend, *checked, eps, folded)
 
 
 def check_soft_split_linear(
@@ -99,3 +104,16 @@ def check_soft_split_linear(
             raise ValueError(f"{norm}bias was given without {norm}weight; pass both, {norm}weight alone, or neither")
         check_shape(f"{norm}bias", norm_bias, (n,), "(C*kh*kw,)")
     return x, weight, bias, norm_weight, norm_bias, *geometry, grid_
+
+
+def check_folded(
+    folded: bool, weight: Tensor, norm_weight: Tensor | None, linear: str = "", norm: str = "norm_"
+) -> None:
+    """Raise if ``folded`` and the other two contradict each other; names as for :func:`check_soft_split_linear`."""
+    if folded and norm_weight is not None:
+        raise ValueError(f"folded=True says that {linear}weight holds {norm}weight already; pass {norm}weight=None")
+    if folded and weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"folded=True is for inference, and {linear}weight requires a gradient; pass the LayerNorm's weights, or "
+            "call it under torch.no_grad()"
+        )

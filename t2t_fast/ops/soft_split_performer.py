@@ -10,7 +10,7 @@ from ..aten import soft_split_performer as aten_soft_split_performer
 from ..dispatch import Implementation, Op
 from ..reference import soft_split_performer as reference_soft_split_performer
 from ..triton import soft_split_performer as triton_soft_split_performer
-from .soft_split_linear import check_soft_split_linear
+from .soft_split_linear import check_folded, check_soft_split_linear
 from .token_performer import check_layer
 
 _OP = Op(
@@ -38,8 +38,8 @@ def soft_split_performer(
     w: Tensor,
     proj_weight: Tensor,
     proj_bias: Tensor,
-    norm2_weight: Tensor,
-    norm2_bias: Tensor,
+    norm2_weight: Tensor | None,
+    norm2_bias: Tensor | None,
     fc1_weight: Tensor,
     fc1_bias: Tensor,
     fc2_weight: Tensor,
@@ -54,6 +54,7 @@ def soft_split_performer(
     norm1_eps: float = 1e-5,
     norm2_eps: float = 1e-5,
     *,
+    folded: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """``token_performer(soft_split_linear(x, ...), ...)`` (paper §3.1): one stage of the tokens-to-token module.
@@ -69,8 +70,8 @@ def soft_split_performer(
         w: Random features (m, E); see :func:`performer_attention`, also for the numerics.
         proj_weight: (E, E).
         proj_bias: (E,).
-        norm2_weight: The second LayerNorm's gamma (E,).
-        norm2_bias: Its beta (E,).
+        norm2_weight: The second LayerNorm's gamma (E,), or None for ones.
+        norm2_bias: Its beta (E,), or None for zeros.
         fc1_weight: (hidden, E).
         fc1_bias: (hidden,).
         fc2_weight: (E, hidden).
@@ -84,6 +85,7 @@ def soft_split_performer(
         eps: Added to the attention's unscaled denominator.
         norm1_eps: The first LayerNorm's epsilon.
         norm2_eps: The second LayerNorm's epsilon.
+        folded: The first LayerNorm is in ``kqv_weight`` and ``kqv_bias``, as for :func:`soft_split_linear`.
         backend: See :mod:`t2t_fast.ops`.
 
     Returns:
@@ -91,7 +93,8 @@ def soft_split_performer(
 
     Raises:
         TypeError: An argument has the wrong type or dtype.
-        ValueError: Shapes do not fit together, or a dropout rate is outside [0, 1).
+        ValueError: Shapes do not fit together, or a dropout rate is outside [0, 1); or ``folded`` with
+            ``norm1_weight``, or with weights to be trained.
         BackendUnavailable: ``backend`` names one that cannot run here.
     """
     split = check_soft_split_linear(
@@ -102,4 +105,5 @@ def soft_split_performer(
         raise ValueError(f"kqv_weight must have 3E rows, got {kqv_weight.shape[0]}, which is no multiple of 3")
     layer = (w, proj_weight, proj_bias, norm2_weight, norm2_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     check_layer(width, *layer, proj_drop, mlp_drop, "norm2_")
-    return _OP(backend, (*split, norm1_eps), (*layer, proj_drop, mlp_drop, eps, norm2_eps))
+    check_folded(folded, kqv_weight, norm1_weight, "kqv_", "norm1_")
+    return _OP(backend, (*split, norm1_eps, folded), (*layer, proj_drop, mlp_drop, eps, norm2_eps))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from ..aten import token_performer as aten_token_performer
@@ -31,8 +33,8 @@ def token_performer(
     w: Tensor,
     proj_weight: Tensor,
     proj_bias: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
     fc1_weight: Tensor,
     fc1_bias: Tensor,
     fc2_weight: Tensor,
@@ -54,8 +56,8 @@ def token_performer(
         w: Random features (m, E); see :func:`performer_attention`, also for the numerics.
         proj_weight: (E, E).
         proj_bias: (E,).
-        norm_weight: LayerNorm's gamma (E,).
-        norm_bias: LayerNorm's beta (E,).
+        norm_weight: LayerNorm's gamma (E,), or None for ones.
+        norm_bias: LayerNorm's beta (E,), or None for zeros.
         fc1_weight: (hidden, E); hidden is E in the paper.
         fc1_bias: (hidden,).
         fc2_weight: (E, hidden).
@@ -87,8 +89,8 @@ def check_layer(
     w: Tensor,
     proj_weight: Tensor,
     proj_bias: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
     fc1_weight: Tensor,
     fc1_bias: Tensor,
     fc2_weight: Tensor,
@@ -106,8 +108,14 @@ def check_layer(
     check_shape("fc1_weight", fc1_weight, (hidden, width), "(hidden, E)")
     check_shape("fc2_weight", fc2_weight, (width, hidden), "(E, hidden)")
     check_shape("fc1_bias", fc1_bias, (hidden,), "(hidden,)")
-    vectors = {"proj_bias": proj_bias, f"{norm}weight": norm_weight, f"{norm}bias": norm_bias, "fc2_bias": fc2_bias}
+    vectors: dict[str, Any] = {
+        "proj_bias": proj_bias,
+        f"{norm}weight": norm_weight,
+        f"{norm}bias": norm_bias,
+        "fc2_bias": fc2_bias,
+    }
     for name, vector in vectors.items():
-        check_shape(name, vector, (width,), "(E,)")
+        if vector is not None or not name.startswith(norm):
+            check_shape(name, vector, (width,), "(E,)")
     check_probability("proj_drop", proj_drop)
     check_probability("mlp_drop", mlp_drop)

@@ -22,10 +22,11 @@ def forward(
     padding: Pair,
     grid: Pair | None,
     eps: float,
+    folded: bool = False,
 ) -> Tensor:
-    """``Linear(LayerNorm(soft_split(x)))``, (B, L, out); no LayerNorm where ``norm_weight`` is None."""
+    """``Linear(LayerNorm(soft_split(x)))``, (B, L, out); no LayerNorm without ``norm_weight``, unless ``folded``."""
     patches = soft_split.forward(x, kernel_size, stride, padding, grid)
-    if norm_weight is not None:
+    if folded or norm_weight is not None:
         patches = F.layer_norm(patches, (patches.shape[-1],), norm_weight, norm_bias, eps)
     return F.linear(patches, weight, bias)
 

@@ -33,11 +33,9 @@ def forward(
     gelu: bool = False,
 ) -> Tensor:
     """(B, N, out); see :func:`t2t_fast.ops.layer_norm_linear`."""
-    compute = compute_dtype(x, weight)
     with no_autocast(x):
-        bias, norm_bias = (None if t is None else t.to(compute) for t in (bias, norm_bias))
-        gamma = weight.new_ones((), dtype=compute) if norm_weight is None else norm_weight.to(compute)
-        weight, offset = fold_norm(weight.to(compute), bias, gamma, norm_bias)
+        gamma = weight.new_ones(()) if norm_weight is None else norm_weight
+        weight, offset = fold_norm(weight, bias, gamma, norm_bias, compute_dtype(x, weight))
     return multiply(x, weight, offset, True, eps, gelu)
 
 

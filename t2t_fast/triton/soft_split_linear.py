@@ -34,17 +34,17 @@ def forward(
     padding: Pair,
     grid: Pair | None,
     eps: float,
+    folded: bool = False,
 ) -> Tensor:
     """(B, L, out); see :func:`t2t_fast.ops.soft_split_linear`."""
     dtype, compute = product_dtype(x), compute_dtype(x, weight)
     with no_autocast(x):
         offset = None if bias is None else bias.to(compute)
         if norm_weight is not None:
-            norm_bias = None if norm_bias is None else norm_bias.to(compute)
-            weight, offset = fold_norm(weight.to(compute), offset, norm_weight.to(compute), norm_bias)
+            weight, offset = fold_norm(weight, bias, norm_weight, norm_bias, compute)
         tensors = (as_image(x, grid), weight, offset)
         differentiate = wants_gradient(*tensors)
-        norm = norm_weight is not None
+        norm = folded or norm_weight is not None
         return _soft_split_linear(*tensors, dtype, kernel_size, stride, padding, norm, eps, differentiate)[0]
 
 

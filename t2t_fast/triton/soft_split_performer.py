@@ -24,13 +24,14 @@ def forward(split: tuple[Any, ...], layer: tuple[Any, ...]) -> Tensor:
     """The arguments of soft_split_linear, and those of token_performer behind its first; returns (B, L, E)."""
     if not_joined(split, layer):
         return token_performer.forward(soft_split_linear.forward(*split), *layer)
-    x, weight, bias, norm_weight, norm_bias, *geometry, grid, norm1_eps = split
+    x, weight, bias, norm_weight, norm_bias, *geometry, grid, norm1_eps, _ = split
     w, proj_weight, proj_bias, norm2_weight, norm2_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias = layer[:9]
     _, _, eps, norm2_eps = layer[9:]
-    dtype, compute = product_dtype(x), compute_dtype(x, weight)
+    dtype = product_dtype(x)
     with no_autocast(x):
-        offset, norm_bias = (None if t is None else t.to(compute) for t in (bias, norm_bias))
-        folded = fold_norm(weight.to(compute), offset, norm_weight.to(compute), norm_bias)
+        # Weights folded already go as they are: the kernels take any dtype.
+        compute = weight.dtype if norm_weight is None else compute_dtype(x, weight)
+        folded = fold_norm(weight, bias, norm_weight, norm_bias, compute)
         mlp = (*token_performer.fold(norm2_weight, norm2_bias, fc1_weight, fc1_bias, x), fc2_weight, fc2_bias)
         tensors = (as_image(x, grid), *folded, w, proj_weight, proj_bias, *mlp)
         return _soft_split_performer(*tensors, dtype, *geometry, norm1_eps, eps, norm2_eps)
@@ -39,7 +40,7 @@ def forward(split: tuple[Any, ...], layer: tuple[Any, ...]) -> Tensor:
 def not_joined(split: tuple[Any, ...], layer: tuple[Any, ...]) -> str | None:
     """Why soft_split_linear and token_performer run one after the other; None if they are joined."""
     x, norm_weight, w, fc1_weight = split[0], split[3], layer[0], layer[5]
-    if norm_weight is None:
+    if norm_weight is None and not split[-1]:
         return "there is no first LayerNorm"
     if layer[9] or layer[10]:
         return "there is dropout"

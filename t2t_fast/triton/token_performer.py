@@ -29,8 +29,8 @@ def forward(
     w: Tensor,
     proj_weight: Tensor,
     proj_bias: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
     fc1_weight: Tensor,
     fc1_bias: Tensor,
     fc2_weight: Tensor,
@@ -83,11 +83,13 @@ def _has_configs(device: torch.device, dtype: torch.dtype, differentiate: bool) 
 
 
 def fold(
-    norm_weight: Tensor, norm_bias: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, tokens: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    """fc1's weight and bias with the LayerNorm's affine in them, in float32 or better."""
-    dtype = compute_dtype(tokens, fc1_weight)
-    return fold_norm(fc1_weight.to(dtype), fc1_bias.to(dtype), norm_weight.to(dtype), norm_bias.to(dtype))
+    norm_weight: Tensor | None, norm_bias: Tensor | None, fc1_weight: Tensor, fc1_bias: Tensor, tokens: Tensor
+) -> tuple[Tensor, Tensor]:
+    """fc1's weight and bias with the LayerNorm's affine, if it has one, in them, in float32 or better."""
+    if norm_weight is None and norm_bias is None:
+        return fc1_weight, fc1_bias
+    gamma = fc1_weight.new_ones(()) if norm_weight is None else norm_weight
+    return fold_norm(fc1_weight, fc1_bias, gamma, norm_bias, compute_dtype(tokens, fc1_weight))
 
 
 def draw_seed(x: Tensor) -> Tensor:
