@@ -299,10 +299,10 @@ def confirm(config: Any, shipped: Any, where: tuple[str, str, str], batch: int, 
     table, kind, device_name = where
     ratios = []
     for _ in range(turns):
-        pair = [times_of(table, each, kind, device_name, batch) for each in (config, shipped)]
-        if any(isinstance(seconds, str) for seconds in pair):
+        seconds, others = (times_of(table, each, kind, device_name, batch) for each in (config, shipped))
+        if isinstance(seconds, str) or isinstance(others, str):
             return 1.0  # what fails now and then is not proposed
-        ratios.append(geometric_mean(*pair))
+        ratios.append(geometric_mean(seconds, others))
     return statistics.median(ratios)
 
 
