@@ -8,7 +8,7 @@
 
 PYTHON ?= python3
 TORCH ?= torch
-PYTEST_ARGS ?= -q -n 2 --durations=15
+PYTEST_ARGS ?= -q -n 2 --dist worksteal --durations=15
 THROUGHPUT_ARGS ?=
 PIP_ARGS ?= -qq
 

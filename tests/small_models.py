@@ -33,6 +33,11 @@ def small(name: str, **kwargs: Any) -> nn.Module:
     return seed_weights(timm.create_model(name, **arguments), seed=1)
 
 
+def smallest(name: str) -> nn.Module:
+    """:func:`small` with a single block (a dense one: two stages)."""
+    return small(name, depth=2 if name == "t2t_vit_dense" else 1)
+
+
 def seed_weights(model: nn.Module, seed: int) -> nn.Module:
     """Set every state-dict entry but the position table to numbers that depend on its name and ``seed`` alone."""
     with torch.no_grad():

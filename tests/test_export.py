@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_models import FAMILIES, relative_error, seeded_images, small
+from small_models import FAMILIES, relative_error, seeded_images, small, smallest
 from torch import Tensor
 
 import t2t_fast
@@ -101,7 +101,7 @@ def test_torch_archive(name: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @every_family
 def test_aoti(name: str, tmp_path: Path) -> None:
-    model, path = small(name, depth=2 if "dense" in name else 1).eval(), tmp_path / "model.pt2"
+    model, path = smallest(name).eval(), tmp_path / "model.pt2"
     assert t2t_fast.export(model, path, "aoti")["checked_by"] == "AOTInductor"
     package = torch._inductor.aoti_load_package(str(path))
     for batch in (1, 5):

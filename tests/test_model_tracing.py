@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import timm
 import torch
-from small_models import FAMILIES, MODELS, flat_gradients, relative_error, seeded_images, small
+from small_models import FAMILIES, MODELS, flat_gradients, relative_error, seeded_images, small, smallest
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torchvision.models.feature_extraction import create_feature_extractor
@@ -124,7 +124,7 @@ def gradients(function: nn.Module, model: nn.Module, images: Tensor) -> Tensor:
 @every_family
 @pytest.mark.usefixtures("_fresh_compiler")
 def test_compile(name: str) -> None:
-    model = small(name, depth=2 if "dense" in name else 1).eval()
+    model = smallest(name).eval()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     images = seeded_images(9, 32, 32)
     torch._dynamo.mark_dynamic(images, 0)
@@ -144,7 +144,7 @@ def test_one_program_for_all_batches(name: str, train: bool) -> None:
     """Without marked sizes: one program under dynamic=True, by default a second one for all batches but the first."""
     for dynamic, programs in ((True, [1, 1, 1, 1]), (None, [1, 2, 2, 2])):
         torch.compiler.reset()
-        model, counter, compiled_so_far = small(name).train(train), CompileCounter(), []
+        model, counter, compiled_so_far = smallest(name).train(train), CompileCounter(), list[int]()
         compiled = torch.compile(model, fullgraph=True, backend=counter, dynamic=dynamic)
         for batch in (4, 8, 3, 16):
             with torch.set_grad_enabled(train):

@@ -125,7 +125,8 @@ def test_gradcheck(tokens: bool, norm: bool) -> None:
     tensors, geometry = make((2, 3, 4, 3, 2, 1, 3), tokens, norm)
     inputs = leaves(*tensors)
     for backend in BACKENDS:
-        assert torch.autograd.gradcheck(lambda *t, b=backend: run(b, list(t), geometry), inputs)
+        fast = backend == "triton" and tokens  # the interpreter takes its time
+        assert torch.autograd.gradcheck(lambda *t, b=backend: run(b, list(t), geometry), inputs, fast_mode=fast)
     assert torch.autograd.gradcheck(hand_written(reference.forward, reference.backward, 5), (*inputs, *geometry))
     for backend in ("reference", "aten"):
         assert torch.autograd.gradgradcheck(lambda *t, b=backend: run(b, list(t), geometry), inputs)
