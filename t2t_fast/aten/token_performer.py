@@ -16,6 +16,7 @@ from ..numerics import compute_dtype, product_dtype
 from ..reference import token_performer as reference
 from . import performer_attention
 from .autograd import backward_by_hand, differentiable_backward, wants_hand_written_backward
+from .layer_norm_linear import affine_for
 from .performer_attention import attend_backward, attention_weights
 
 
@@ -78,7 +79,8 @@ def _token_performer(
     phi_k, weights = attention_weights(k, q, w, eps)
     y = (weights @ (phi_k.transpose(1, 2) @ v @ proj_weight.t())).add_(proj_bias)
     y = (y if proj_mask is None else y.mul_(proj_mask)).add_(v)
-    normed, mean, rstd = torch.native_layer_norm(y, (y.shape[-1],), norm_weight, norm_bias, norm_eps)
+    affine = affine_for(y, norm_weight, norm_bias)
+    normed, mean, rstd = torch.native_layer_norm(y, (y.shape[-1],), *affine, norm_eps)
     hidden = F.linear(normed, fc1_weight, fc1_bias)
     out = F.linear(F.gelu(hidden), fc2_weight, fc2_bias)
     out = (out if mlp_mask is None else out.mul_(mlp_mask)).add_(y)

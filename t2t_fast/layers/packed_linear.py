@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..aten.layer_norm_linear import layer_norm
 from ..aten.linear import multiply_packed, pack, why_not_packed
 from ..dispatch import Decision, resolve_backend, tell
 from ..numerics import product_dtype
@@ -50,7 +51,7 @@ class PackedLinear(nn.Module):
             return y if x.dim() == 3 else y.squeeze(1)
         tell(Decision("linear" if norm is None else "layer_norm_linear", "aten", {}, detail="oneDNN, weights laid out"))
         if norm is not None:
-            x = norm(x)
+            x = layer_norm(x, norm.weight, norm.bias, norm.eps)
         dtype = product_dtype(x)  # autocast's, too
         bias = None if self.bias is None else self.bias.to(dtype)
         return multiply_packed(x.to(dtype), self._weight_for(dtype), bias, self.gelu)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..aten import add_layer_norm as aten_add_layer_norm
 from ..checks import check_tensor
 from ..dispatch import Implementation, Op
 from ..reference import add_layer_norm as reference_add_layer_norm
@@ -17,7 +18,7 @@ _OP = Op(
         Implementation(
             "triton", triton_add_layer_norm.forward, triton_add_layer_norm.can_run, triton_add_layer_norm.is_slower
         ),
-        Implementation("aten", reference_add_layer_norm.forward),  # the definition is the library's two operations
+        Implementation("aten", aten_add_layer_norm.forward),
         Implementation("reference", reference_add_layer_norm.forward),
     ),
 )
