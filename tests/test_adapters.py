@@ -10,8 +10,6 @@ from torch import Tensor, nn
 import t2t_fast
 
 every_family = pytest.mark.parametrize("name", FAMILIES.values(), ids=FAMILIES)
-# Of these the ops take weights alone: a gate has no product over tokens.
-_WEIGHTS_ALONE = ("se_layer.fc.0", "se_layer.fc.2")
 
 
 class Adapter(nn.Module):
@@ -28,7 +26,7 @@ class Adapter(nn.Module):
 
 
 def linears(model: nn.Module) -> list[str]:
-    return [n for n, m in model.named_modules() if type(m) is nn.Linear and not n.endswith(_WEIGHTS_ALONE)]
+    return [n for n, m in model.named_modules() if type(m) is nn.Linear]
 
 
 @every_family

@@ -116,6 +116,69 @@ def test_what_is_watched_or_replaced_stays() -> None:
     assert "6 LayerNorms" in frozen.notes[0]
 
 
+@pytest.mark.parametrize("name", ["t2t_vit_7", "t2t_vit_t_14"])
+def test_flat_images_and_weights_rounded_before(name: str) -> None:
+    """Rows of centred weights that were rounded to 16 bits have a mean, which a flat patch multiplies by much."""
+    model = small(name).eval()
+    images = (2 + 0.02 * seeded_images(3, 32, 32)).bfloat16().float()
+    images[0] = 5
+    half = t2t_fast.freeze(model, torch.bfloat16)
+    loaded = t2t_fast.freeze(model)
+    loaded.load_state_dict({key: value.float() for key, value in half.state_dict().items()})
+    for frozen in (t2t_fast.freeze(model), t2t_fast.freeze(half, torch.float32), copy.deepcopy(half).double(), loaded):
+        with t2t_fast.use_backend("reference"):
+            want = copy.deepcopy(frozen).double()(images.double())
+        assert relative_error(frozen(images), want) < 1e-4
+    assert relative_error(half(images), model(images)) < DTYPES[torch.bfloat16]
+
+
+def test_token_layers_in_triton() -> None:
+    model, images = small("t2t_vit_7", depth=1).eval(), seeded_images(2, 32, 32)
+    frozen = t2t_fast.freeze(model)
+    with torch.no_grad(), t2t_fast.use_backend("triton"):
+        told = t2t_fast.explain(frozen.model.tokens_to_token, images).backends()
+        assert set().union(*told.values()) == {"triton"}
+        got = frozen.model.tokens_to_token(images)
+    assert relative_error(got, model.tokens_to_token(images)) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["t2t_vit_7", "t2t_vit_t_14"])
+@pytest.mark.parametrize("before", [True, False])
+def test_hooks_in_token_layers(name: str, before: bool) -> None:
+    """Watched before freezing, what lies between a norm and its Linear stays; watched later, all are called."""
+    images = seeded_images(2, 32, 32)
+    parts = [n for n, _ in small(name).tokens_to_token.attention1.named_modules() if n]
+    for part in parts:
+        model, seen = small(name).eval(), list[int]()
+        want = model(images)
+        frozen = None if before else t2t_fast.freeze(model)
+        layer = (frozen.model if frozen else model).tokens_to_token.attention1
+        layer.get_submodule(part).register_forward_hook(lambda *args, s=seen: s.append(1))
+        frozen = frozen or t2t_fast.freeze(model)
+        seen.clear()
+        assert relative_error(frozen(images), want) < 1e-5, part
+        # A ModuleDict is never called.
+        assert len(seen) == (0 if part == "attn" else 1), part
+
+
+@pytest.mark.parametrize("name", ["t2t_vit_7", "t2t_vit_t_14"])
+def test_norms_without_weights_of_ones_own(name: str) -> None:
+    model, images = small(name).eval(), seeded_images(2, 32, 32)
+    for layer in (model.tokens_to_token.attention1, model.tokens_to_token.attention2):
+        for part in ("norm1", "norm2"):
+            norm = layer.get_submodule(part)
+            with torch.no_grad():
+                norm.weight.fill_(1)
+                norm.bias.zero_()
+    want = model(images)
+    for layer in (model.tokens_to_token.attention1, model.tokens_to_token.attention2):
+        for part in ("norm1", "norm2"):
+            norm = layer.get_submodule(part)
+            setattr(layer, part, nn.LayerNorm(norm.normalized_shape, norm.eps, elementwise_affine=False))
+    assert relative_error(model(images), want) < 1e-5
+    assert relative_error(t2t_fast.freeze(model)(images), want) < 1e-5
+
+
 def test_branches_that_somebody_changes_keep_their_norms() -> None:
     model, images = small("t2t_vit_7").eval(), seeded_images(2, 32, 32)
     seen: list[Tensor] = []

@@ -219,7 +219,7 @@ def test_the_whole_module_in_triton(training: bool, dtype: torch.dtype) -> None:
 
 def test_reference_is_the_composition() -> None:
     tensors, _ = make("image")
-    split = (*tensors[:5], (7, 7), (4, 4), (2, 2), None, 1e-5)
+    split = (*tensors[:5], (7, 7), (4, 4), (2, 2), None, 1e-5, False)
     layer = (*tensors[5:], 0.0, 0.0, 1e-8, 1e-5)
     assert triton.can_run(split, layer) is None or not torch.cuda.is_available()
     want = reference.forward(split, layer)

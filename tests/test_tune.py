@@ -116,22 +116,45 @@ def test_the_fastest_must_win_twice(
     quick: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: float, wins: bool
 ) -> None:
     """The candidate beside the shipped one has another BLOCK_TOKENS, and is faster the first time."""
-    shipped, times = _shipped().blocks["BLOCK_TOKENS"], iter([1.0, 0.5, *(again, 1.0) * 3])
-    seen: list[int] = []
+    shipped, seen = _shipped().blocks["BLOCK_TOKENS"], list[int]()
 
     def timed(table: str, config: Any, *rest: Any) -> list[float]:
         seen.append(config.blocks["BLOCK_TOKENS"])
-        return [next(times)]
+        return [1.0 if seen[-1] == shipped else 0.5 if len(seen) == 2 else again]
 
     monkeypatch.setattr(quick, "time_candidate", timed)
     (row,) = rows_of(quick, tmp_path)
-    assert row["best"] == pytest.approx(again)
     candidate = seen[1]
     assert candidate != shipped
-    assert seen == [shipped, candidate, *[candidate, shipped] * 3]
+    assert seen == [shipped, candidate, shipped, candidate, candidate, shipped, shipped, candidate]
+    assert (row["best"], row["best_index"]) == ((again, 1) if wins else (1.0, 0))
     (line,) = json.loads((tmp_path / "tuning.json").read_text())["snippets"]
     assert f"tokens={candidate if wins else shipped}, " in line
     assert 'tuned="the interpreter"' in line
+
+
+@pytest.mark.parametrize("fails", ["candidate", "shipped"])
+def test_what_fails_when_timed_again_is_out(
+    quick: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    shipped, seen = _shipped().blocks["BLOCK_TOKENS"], list[int]()
+
+    def timed(table: str, config: Any, *rest: Any) -> list[float]:
+        seen.append(config.blocks["BLOCK_TOKENS"])
+        if len(seen) > 2 and (seen[-1] == shipped) == (fails == "shipped"):
+            raise RuntimeError("a launch that failed")
+        return [1.0 if seen[-1] == shipped else 0.5]
+
+    monkeypatch.setattr(quick, "time_candidate", timed)
+    (row,) = rows_of(quick, tmp_path)
+    snippets = json.loads((tmp_path / "tuning.json").read_text())["snippets"]
+    assert list(row["failed"].values()) == ["RuntimeError: a launch that failed"]
+    if fails == "shipped":
+        assert (row["best"], snippets) == (None, [])
+        assert row["status"] == "shipped configuration: RuntimeError: a launch that failed"
+    else:
+        assert (row["best"], row["status"]) == (1.0, "ok")
+        assert f"tokens={shipped}, " in snippets[0]
 
 
 def test_what_was_tuned_on_this_chip_is_left_out(

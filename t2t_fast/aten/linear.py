@@ -102,11 +102,22 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias = ctx.saved_tensors
     if ctx.gelu:
         grad = torch.ops.aten.gelu_backward(grad, _linear(x, weight, bias, False))
-    rows = grad.flatten(0, -2)
     dx = _linear(grad, weight.t(), None, False) if ctx.needs_input_grad[0] else None
-    d_weight = _linear(rows.t(), x.flatten(0, -2).t(), None, False) if ctx.needs_input_grad[1] else None
-    d_bias = rows.sum(dim=0) if ctx.needs_input_grad[2] else None
+    d_weight = _weight_gradient(grad, x) if ctx.needs_input_grad[1] else None
+    d_bias = grad.flatten(0, -2).sum(dim=0) if ctx.needs_input_grad[2] else None
     return dx, d_weight, d_bias, None
+
+
+def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """Σ grad xᵀ (out, C), as the gradient of a 1 x 1 convolution: as a product oneDNN would transpose both first."""
+    batch = x.shape[0] if x.dim() > 2 and x.shape[-2] > 1 else 1
+    rows, columns = (t.reshape(batch, -1, 1, t.shape[-1]).permute(0, 3, 1, 2) for t in (grad, x))
+    weight = x.new_empty(rows.shape[1], columns.shape[1], 1, 1)  # whose values are not read
+    mask = (False, True, False)
+    _, gradient, _ = torch.ops.aten.convolution_backward(
+        rows, columns, weight, None, (1, 1), (0, 0), (1, 1), False, (0, 0), 1, mask
+    )
+    return gradient.flatten(1)
 
 
 _linear.register_autograd(_differentiate, setup_context=_keep)

@@ -44,6 +44,9 @@ def forward(
     dtype = compute_dtype(x, weight)
     with no_autocast(x):
         centred, offset = fold_norm(weight, bias, norm_weight, norm_bias, dtype)
+        if folded:  # and rounded since, perhaps to fewer bits than these
+            centred = centred.to(dtype)
+            centred = centred - centred.mean(dim=1, keepdim=True)
     if product_dtype(x) in (torch.float16, torch.bfloat16):
         with no_autocast(x):
             mean, rstd, varied = patch_statistics(image.to(dtype), *geometry, eps)
@@ -63,11 +66,11 @@ def forward(
 def fold_norm(
     weight: Tensor, bias: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """W_c (out, n) and the constant W beta + bias (out,) in ``dtype``; without gamma ``weight`` is W_c already."""
-    weight = weight.to(dtype)
-    offset = weight.new_zeros(weight.shape[0]) if bias is None else bias.to(dtype)
+    """W_c (out, n) and the constant W beta + bias (out,), in ``dtype``; without gamma ``weight`` as it is."""
+    offset = weight.new_zeros(weight.shape[0], dtype=dtype) if bias is None else bias.to(dtype)
     if norm_weight is None:
         return weight, offset
+    weight = weight.to(dtype)
     scaled = weight * norm_weight.to(dtype)
     if norm_bias is not None:
         offset = offset + weight @ norm_bias.to(dtype)

@@ -9,7 +9,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from ..ops import add_layer_norm
-from .mlp import are_plain, is_patched, is_watched
+from .mlp import apply_norm, are_plain, is_patched, is_watched
 
 torch.fx.wrap("add_layer_norm")
 
@@ -46,7 +46,7 @@ def _prepare(x: Tensor, branch: Any, norm: nn.Module) -> tuple[Tensor, dict[str,
     """What the branch is called with: a branch that can applies a plain norm itself, with its first product."""
     if getattr(branch, "takes_norm", False) and are_plain(norm) and not is_watched(branch):
         return x, {"norm": norm}
-    return norm(x), {}
+    return apply_norm(x, norm), {}
 
 
 def _finish(x: Tensor, branch: nn.Module, drop_path: nn.Module | None, y: Tensor, options: dict[str, Any]) -> Tensor:

@@ -8,6 +8,7 @@ import timm.layers
 import torch
 from torch import Tensor, nn
 
+from ..aten.layer_norm_linear import layer_norm
 from ..ops import layer_norm_linear, linear, mlp
 from .packed_linear import PackedLinear
 
@@ -34,7 +35,8 @@ class Mlp(timm.layers.Mlp):
     def adds_residual(self) -> bool:
         """Whether the op runs, which can add the residual; see ``add_branch``."""
         dropout = self.training and (self.drop1.p > 0 or self.drop2.p > 0)
-        return not dropout and are_plain(self.fc1, self.act, self.fc2)
+        watched = any(map(is_watched, (self.drop1, self.norm, self.drop2)))
+        return not dropout and not watched and are_plain(self.fc1, self.act, self.fc2)
 
     def forward(self, x: Tensor, residual: Tensor | None = None, branch_scale: Tensor | None = None) -> Tensor:
         """(B, N, C) to (B, N, C); the last two, where it ``adds_residual``, as for :func:`t2t_fast.ops.mlp`."""
@@ -60,6 +62,13 @@ def apply_linear(x: Tensor, module: Any, backend: str, norm: nn.LayerNorm | None
     return linear(x, module.weight, module.bias, backend=backend)
 
 
+def apply_norm(x: Tensor, norm: Any) -> Tensor:
+    """``norm(x)``, through :func:`t2t_fast.aten.layer_norm_linear.layer_norm` if that is the same."""
+    if isinstance(x, Tensor) and are_plain(norm):  # a tracer's proxy is no Tensor
+        return layer_norm(x, norm.weight, norm.bias, norm.eps)
+    return norm(x)
+
+
 def are_plain(*modules: nn.Module) -> bool:
     """Whether an op may stand in for calling these modules, watched by no hook.
 
@@ -73,6 +82,11 @@ def are_plain(*modules: nn.Module) -> bool:
         if type(module) is not nn.Linear and not (type(module) is nn.GELU and module.approximate == "none"):
             return False
     return True
+
+
+def has_no_weights(norm: Any) -> bool:
+    """Whether it is a LayerNorm that the soft splits' ops would take for none, unless told that it is folded."""
+    return isinstance(norm, nn.LayerNorm) and norm.weight is None
 
 
 def is_watched(module: nn.Module) -> bool:

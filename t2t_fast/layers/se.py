@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import se_gate, se_mlp
-from .mlp import are_plain
+from ..reference.se_gate import add_branch
+from .mlp import are_plain, is_watched
 
 torch.fx.wrap("se_gate")
 torch.fx.wrap("se_mlp")
@@ -35,8 +36,18 @@ class SELayer(nn.Module):
             nn.Sigmoid(),
         )
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether nobody has replaced a part of the gate, or watches it."""
+        if [type(part) for part in self.fc.children()] != [nn.Linear, nn.ReLU, nn.Linear, nn.Sigmoid]:
+            return False
+        without_bias = self.fc[0].bias is None and self.fc[2].bias is None
+        return without_bias and not any(map(is_watched, (self.fc, *self.fc)))
+
     def forward(self, x: Tensor, residual: Tensor | None = None, branch_scale: Tensor | None = None) -> Tensor:
         """(B, N, C) to (B, N, C); the last two as for :func:`t2t_fast.ops.se_gate`."""
+        if not self.is_plain:
+            return add_branch(x * self.fc(x.mean(dim=1)).unsqueeze(1), residual, branch_scale)
         reduce, expand = self.fc[0].weight, self.fc[2].weight
         return se_gate(x, reduce, expand, residual=residual, branch_scale=branch_scale, backend=self.backend)
 
@@ -67,7 +78,8 @@ class SEMlp(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None, branch_scale: Tensor | None = None) -> Tensor:
         """(B, N, C) to (B, N, C); the last two as for :func:`t2t_fast.ops.se_mlp`."""
-        if (self.training and self.drop.p > 0) or not are_plain(self.fc1, self.act, self.fc2):
+        watched = is_watched(self.drop) or is_watched(self.se_layer) or not self.se_layer.is_plain
+        if watched or (self.training and self.drop.p > 0) or not are_plain(self.fc1, self.act, self.fc2):
             y = self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
             return self.se_layer(y, residual, branch_scale)
         fc1, fc2, gate = self.fc1, self.fc2, self.se_layer.fc

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ops import soft_split, soft_split_linear
-from .mlp import are_plain
+from .mlp import are_plain, has_no_weights
 
 torch.fx.wrap("soft_split")
 torch.fx.wrap("soft_split_linear")
@@ -34,7 +34,8 @@ def split_linear(
         backend: Passed to the ops.
         folded: ``norm`` has no weights, and ``linear`` those of :func:`t2t_fast.ops.soft_split_linear` for that case.
     """
-    if not are_plain(linear, *(() if norm is None else (norm,))):
+    unseen = has_no_weights(norm) and not folded
+    if unseen or not are_plain(linear, *(() if norm is None else (norm,))):
         tokens = soft_split(x, *window, grid=grid, backend=backend)
         return linear(tokens if norm is None else norm(tokens))
     options: dict[str, Any] = {"grid": grid, "backend": backend}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import performer_attention, soft_split, soft_split_performer
-from .mlp import are_plain, is_watched
+from .mlp import are_plain, has_no_weights, is_watched
 
 torch.fx.wrap("performer_attention")
 torch.fx.wrap("soft_split")
@@ -75,7 +75,8 @@ class TokenPerformer(nn.Module):
     def forward(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Image (B, C, H, W), or tokens (B, H*W, C) with ``grid=(H, W)``, to tokens (B, L, token_dim)."""
         parts = (self.norm1, self.kqv, self.proj, self.norm2, self.mlp[0], self.mlp[1], self.mlp[2])
-        if not are_plain(*parts) or any(map(is_watched, (self.dp, self.mlp, self.mlp[3]))):
+        unseen = has_no_weights(self.norm1) and not self.folded
+        if unseen or not are_plain(*parts) or any(map(is_watched, (self.dp, self.mlp, self.mlp[3]))):
             return self._call_parts(x, grid)
         return soft_split_performer(
             x,

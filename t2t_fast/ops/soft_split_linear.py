@@ -51,7 +51,7 @@ def soft_split_linear(
         x: Image (B, C, H, W) or tokens (B, H*W, C) with ``grid=(H, W)``, as for :func:`soft_split`.
         weight: (out, n) with n = C*kh*kw, columns in the order (c, i, j).
         bias: (out,) or None.
-        norm_weight: LayerNorm's gamma (n,), or None for no LayerNorm.
+        norm_weight: LayerNorm's gamma (n,), or None for no LayerNorm, unless ``folded``.
         norm_bias: LayerNorm's beta (n,) or None; None without ``norm_weight``.
         kernel_size: Patch height and width in pixels, an int or a pair.
         stride: Step between patches, an int or a pair.
@@ -67,7 +67,7 @@ def soft_split_linear(
 
     Raises:
         TypeError: An argument has the wrong type or dtype.
-        ValueError: Shapes do not fit together; or ``folded`` with ``norm_weight``, or with weights to be trained.
+        ValueError: Shapes do not fit together; or ``folded`` with ``norm_weight``, or with a ``weight`` to be trained.
         BackendUnavailable: ``backend`` names one that cannot run here.
     """
     checked = check_soft_split_linear(x, weight, bias, norm_weight, norm_bias, kernel_size, stride, padding, grid)

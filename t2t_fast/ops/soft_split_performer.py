@@ -65,7 +65,7 @@ def soft_split_performer(
         x: Image (B, C, H, W) or tokens (B, H*W, C) with ``grid=(H, W)``, as for :func:`soft_split`.
         kqv_weight: (3E, n) with n = C*kh*kw, columns in the order (c, i, j).
         kqv_bias: (3E,) or None.
-        norm1_weight: The first LayerNorm's gamma (n,), or None for no LayerNorm.
+        norm1_weight: The first LayerNorm's gamma (n,), or None for no LayerNorm, unless ``folded``.
         norm1_bias: Its beta (n,) or None; None without ``norm1_weight``.
         w: Random features (m, E); see :func:`performer_attention`, also for the numerics.
         proj_weight: (E, E).
@@ -94,7 +94,7 @@ def soft_split_performer(
     Raises:
         TypeError: An argument has the wrong type or dtype.
         ValueError: Shapes do not fit together, or a dropout rate is outside [0, 1); or ``folded`` with
-            ``norm1_weight``, or with weights to be trained.
+            ``norm1_weight``, or with a ``kqv_weight`` to be trained.
         BackendUnavailable: ``backend`` names one that cannot run here.
     """
     split = check_soft_split_linear(

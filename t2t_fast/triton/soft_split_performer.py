@@ -29,9 +29,7 @@ def forward(split: tuple[Any, ...], layer: tuple[Any, ...]) -> Tensor:
     _, _, eps, norm2_eps = layer[9:]
     dtype = product_dtype(x)
     with no_autocast(x):
-        # Weights folded already go as they are: the kernels take any dtype.
-        compute = weight.dtype if norm_weight is None else compute_dtype(x, weight)
-        folded = fold_norm(weight, bias, norm_weight, norm_bias, compute)
+        folded = fold_norm(weight, bias, norm_weight, norm_bias, compute_dtype(x, weight))
         mlp = (*token_performer.fold(norm2_weight, norm2_bias, fc1_weight, fc1_bias, x), fc2_weight, fc2_bias)
         tensors = (as_image(x, grid), *folded, w, proj_weight, proj_bias, *mlp)
         return _soft_split_performer(*tensors, dtype, *geometry, norm1_eps, eps, norm2_eps)

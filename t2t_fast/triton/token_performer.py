@@ -86,10 +86,11 @@ def fold(
     norm_weight: Tensor | None, norm_bias: Tensor | None, fc1_weight: Tensor, fc1_bias: Tensor, tokens: Tensor
 ) -> tuple[Tensor, Tensor]:
     """fc1's weight and bias with the LayerNorm's affine, if it has one, in them, in float32 or better."""
+    dtype = compute_dtype(tokens, fc1_weight)
     if norm_weight is None and norm_bias is None:
-        return fc1_weight, fc1_bias
+        return fc1_weight.to(dtype), fc1_bias.to(dtype)
     gamma = fc1_weight.new_ones(()) if norm_weight is None else norm_weight
-    return fold_norm(fc1_weight, fc1_bias, gamma, norm_bias, compute_dtype(tokens, fc1_weight))
+    return fold_norm(fc1_weight, fc1_bias, gamma, norm_bias, dtype)
 
 
 def draw_seed(x: Tensor) -> Tensor:
