@@ -97,7 +97,7 @@ def stages(workers: int, arch: str) -> list[Stage]:
     pytest = python("-m", "pytest", "-q", "-rfEs", "-p", "no:cacheprovider", "--no-header", "--tb=short",
                     "--continue-on-collection-errors")  # fmt: skip
     t2t = benchmark("throughput", "--models", "t2t_vit_7", "--repeats", "1", "--variants", "reference", "auto",
-                    "--img-size", "32", "--device", "cpu", "--no-plot")  # fmt: skip
+                    "--img-size", "32", "--device", "cpu", "--no-plot", "--synthetic")  # fmt: skip
     tiny = ("--batch-size", "2")
     one_op = benchmark("kernels", "--ops", "add_layer_norm", "--batch-size", "1", "--device", "cpu")
     kernels = benchmark("kernels", "--time-budget", "{seconds}")

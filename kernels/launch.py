@@ -42,7 +42,7 @@ def _chip_of(device: torch.device) -> Chip:
 class Config:
     """Block sizes by the names of a kernel's constants, and how it is compiled.
 
-    ``tuned`` names the chip on which nothing that was tried is faster; None marks a configuration that nobody measured.
+    ``tuned`` names the chip that it was measured best on; None marks a configuration that nobody has measured.
     """
 
     blocks: Mapping[str, int]

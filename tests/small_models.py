@@ -33,9 +33,9 @@ def small(name: str, **kwargs: Any) -> nn.Module:
     return seed_weights(timm.create_model(name, **arguments), seed=1)
 
 
-def smallest(name: str) -> nn.Module:
+def smallest(name: str, **kwargs: Any) -> nn.Module:
     """:func:`small` with a single block (a dense one: two stages)."""
-    return small(name, depth=2 if name == "t2t_vit_dense" else 1)
+    return small(name, depth=2 if name == "t2t_vit_dense" else 1, **kwargs)
 
 
 def seed_weights(model: nn.Module, seed: int) -> nn.Module:

@@ -149,7 +149,7 @@ def test_hooks_in_token_layers(name: str, before: bool) -> None:
     images = seeded_images(2, 32, 32)
     parts = [n for n, _ in small(name).tokens_to_token.attention1.named_modules() if n]
     for part in parts:
-        model, seen = small(name).eval(), list[int]()
+        model, seen = smallest(name).eval(), list[int]()
         want = model(images)
         frozen = None if before else t2t_fast.freeze(model)
         layer = (frozen.model if frozen else model).tokens_to_token.attention1

@@ -60,7 +60,7 @@ def test_gradcheck(backend: str) -> None:
     kqv, w = make(2, 5, 6, 4)
     inputs = leaves(*kqv.chunk(3, dim=-1), w)
     function = lambda *t: ops.performer_attention(*t, backend=backend)  # noqa: E731
-    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradcheck(function, inputs, fast_mode=backend == "triton")  # the interpreter takes its time
     if backend == "triton":
         (dk,) = torch.autograd.grad(function(*inputs).square().sum(), inputs[0], create_graph=True)
         with pytest.raises(RuntimeError, match="performer_attention has no second derivative; take backend='aten'"):
