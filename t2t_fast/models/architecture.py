@@ -179,9 +179,10 @@ def describe_mismatch(given: Mapping[str, Tensor], own: Mapping[str, Tensor]) ->
 
 
 def some(names: Sequence[str], count: int = 4) -> str:
-    """The first few names, and how many more there are."""
+    """The first few names, in one line, and how many more there are."""
     more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(names[:count]) + more if names else "nothing"
+    shown = [name if name.isprintable() else ascii(name) for name in (name[:200] for name in names[:count])]
+    return ", ".join(shown) + more if names else "nothing"
 
 
 def source_channels(state_dict: Mapping[str, Tensor]) -> int | None:

@@ -100,6 +100,8 @@ def _translate(path: Path, file: WeightFile, found: FoundWeights) -> Checkpoint:
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path}: {error}") from error
     grid = found.grid or _grid_of(file.config)
+    if grid and "pos_embed" in state_dict and grid[0] * grid[1] + 1 != state_dict["pos_embed"].shape[1]:
+        grid = None  # a note of another state of the model
     return Checkpoint(path, state_dict, layout, found.source, found.notes + found.ignored, grid, file.config)
 
 
@@ -211,7 +213,7 @@ def _fit_own(
 def _is_alike(given: Any, own: Any) -> bool:
     if not (isinstance(given, Tensor) and isinstance(own, Tensor)):
         return type(given) is type(own)
-    same_kind = given.is_quantized == own.is_quantized and given.layout == own.layout
+    same_kind = (given.is_quantized, given.layout) == (own.is_quantized, own.layout) and not given.is_meta
     both_float = given.dtype in FLOAT_DTYPES and own.dtype in FLOAT_DTYPES
     return given.shape == own.shape and same_kind and (given.dtype == own.dtype or both_float)
 

@@ -57,7 +57,7 @@ _DATA = re.compile(
     r"|decimal\.\w+|fractions\.Fraction|uuid\.\w+|enum\.\w+|random\.Random|array\.\w+|functools\.partial|re\._compile"
     r"|typing\.\w+|logging\.\w+|inspect\._empty|_codecs\.encode|copy_?reg\._reconstructor|copy_?reg\.__newobj__"
     r"|builtins\.(getattr|object|type|set|frozenset|slice|range|complex|bytes|bytearray|dict|list|tuple|int|float|str"
-    r"|bool|NotImplementedType|ellipsis)"
+    r"|bool|Ellipsis|ellipsis|NotImplemented|NoneType)"
 )
 _MAX_NAMES = 1000
 
@@ -74,8 +74,9 @@ def load_pickle(path: Path) -> Any:
     while True:
         known: list[Any] = [(kind, name) for name, kind in stand_ins.items()]
         try:
-            with torch.serialization.safe_globals(known):
-                return torch.load(path, map_location="cpu", weights_only=True)
+            # Opened here: by its name, torch would take a file for what its suffix says.
+            with torch.serialization.safe_globals(known), open(path, "rb") as file:
+                return torch.load(file, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             # Each round learns one more name, or how one of them is filled, so the rounds end.
             if len(stand_ins) > _MAX_NAMES or not _learn(stand_ins, str(error)):
@@ -84,7 +85,8 @@ def load_pickle(path: Path) -> Any:
 
 def _unknown_names(path: Path) -> list[str]:
     try:
-        return torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        with open(path, "rb") as file:
+            return torch.serialization.get_unsafe_globals_in_checkpoint(file)
     except Exception:  # files of torch before 1.6 are no archives: their names come one by one
         return []
 

@@ -182,6 +182,8 @@ def _guess_content(path: Path, error: Exception) -> str:
         return "it is a Git LFS pointer, not the file itself"
     if b"Object arrays cannot be loaded" in str(error).encode():
         return "it holds pickled objects, which were not executed"
+    if "Unsupported operand" in str(error):
+        return "its pickle protocol is not torch.save's own (2), and only that is read without executing anything"
     if all(32 <= byte < 127 or byte in b"\t\r\n" for byte in start):
         return "it is a text file"
     return f"it is truncated, damaged or of another kind ({type(error).__name__})"
