@@ -222,7 +222,8 @@ class T2TViT(nn.Module):
 
     def load_pretrained(self, checkpoint_path: str, prefix: str = "") -> None:
         """Load a checkpoint file of any known layout; timm calls this for ``pretrained=True`` and ``.npz`` files."""
-        load_checkpoint(checkpoint_path, self, grid_size=_pretrained_grid(self))
+        released = not str(checkpoint_path).endswith(".npz")
+        load_checkpoint(checkpoint_path, self, grid_size=_pretrained_grid(self) if released else None)
 
     def _embed(self, x: Tensor) -> Tensor:
         tokens = self.tokens_to_token(x)
