@@ -71,6 +71,12 @@ def check_target(path: StrPath) -> None:
     """
     if not _is_direct(path):
         _regular_target(path)
+        return
+    descriptor = _own_descriptor(path)
+    with errors_named(path):
+        mode = os.stat(path if descriptor is None else descriptor).st_mode
+    if descriptor is None and stat.S_ISSOCK(mode):
+        raise OSError(errno.ENXIO, "is a socket, which cannot be opened", os.fspath(path))
 
 
 def require_regular(path: StrPath) -> None:
@@ -147,15 +153,17 @@ def _write_directly(path: StrPath, data: bytes) -> None:
 def _regular_target(path: StrPath) -> Path:
     """The regular file, old or new, that ``path`` leads to; raises where it cannot be replaced."""
     name = os.fspath(path)
+    if not name:
+        raise FileNotFoundError(errno.ENOENT, "no file name", name)
     target = Path(os.path.realpath(name))
     if target.is_dir() or name.endswith(os.sep):
         raise IsADirectoryError(errno.EISDIR, "is a folder", name)
-    if not name or not target.parent.is_dir():
-        raise FileNotFoundError(errno.ENOENT, "no such folder" if name else "no file name", name)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "no such folder", name)
     with errors_named(name):
         replaced = target.exists()
     for needed, mode in ((target.parent, os.W_OK | os.X_OK), *([(target, os.W_OK)] if replaced else [])):
-        if not os.access(needed, mode):
+        if not os.access(needed, mode, effective_ids=os.access in os.supports_effective_ids):
             raise PermissionError(errno.EACCES, "no permission to write there", name)
     return target
 

@@ -11,7 +11,7 @@ with importing():
     from .. import BackendUnavailable, CheckpointError, __version__
     from . import convert, env, export, list, macs, predict
     from .common import PROG, Parser, UsageError, is_out_of_memory
-    from .streams import STANDARD_OUTPUT, flush_output, log_records_shown, say, usable_streams
+    from .streams import STANDARD_OUTPUT, flush_output, log_records_shown, printable, say, usable_streams
 
 COMMANDS = (predict, macs, list, convert, export, env)
 
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return 141  # the reader, `head` for one, has seen enough
             if error.filename is None:
                 raise
-            return _report(f"{error.filename or repr('')}: {error.strerror}")
+            return _report(f"{printable(str(error.filename)) or repr('')}: {error.strerror}")
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise

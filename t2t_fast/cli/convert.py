@@ -15,7 +15,7 @@ from ..models.checkpoints import (
     read_checkpoint,
     save_checkpoint,
 )
-from ..models.layouts import LAYOUTS, LayoutError
+from ..models.layouts import LAYOUTS
 from .common import UsageError, add_command, check_new, file_name
 from .streams import printable, write_output
 
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         save_checkpoint(checkpoint.state_dict, target, args.to)
         size = f", {Path(target).stat().st_size / 1e6:.1f} MB" if Path(target).is_file() else ""
         lines.append(f"wrote  {target}: {args.to} layout{size}")
-    except LayoutError as error:
+    except CheckpointError as error:  # of the weights: the name of the target has been checked
         raise UsageError(f"{source}: {error}") from error
     finally:
         write_output("".join(f"{printable(line)}\n" for line in lines))

@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _report(failure: Failure) -> None:
-    say(f"{failure.file or repr('')}: {failure.reason}")
+    say(f"{printable(failure.file) or repr('')}: {failure.reason}")
 
 
 def _prepare(model: T2TViT, device: torch.device, dtype: torch.dtype) -> T2TViT:
@@ -146,8 +146,8 @@ def _find_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(1, device=device).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = next(iter(str(error).splitlines()), "")
+    except Exception as error:  # torch raises anything for a device that this build lacks
+        reason = str(error).partition(". ")[0]
         raise UsageError(f"--device {name} cannot be used here: {reason}") from error
     return device
 

@@ -76,7 +76,7 @@ def _discard(stream: TextIO) -> None:
 
 def one_line(text: str) -> str:
     """``text`` without line breaks, and as :func:`printable`."""
-    return printable(" ".join(text.split()))
+    return printable(" ".join(line.strip() for line in text.splitlines() if line.strip()))
 
 
 def printable(text: str) -> str:
