@@ -72,7 +72,7 @@ def check_target(path: StrPath) -> None:
     if not _is_direct(path):
         _regular_target(path)
         return
-    descriptor = _own_descriptor(path)
+    descriptor = open_descriptor(path)
     with errors_named(path):
         mode = os.stat(path if descriptor is None else descriptor).st_mode
     if descriptor is None and stat.S_ISSOCK(mode):
@@ -91,9 +91,18 @@ def require_regular(path: StrPath) -> None:
             raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
 
 
-def is_standard_output(path: StrPath) -> bool:
-    """Whether ``path`` is a name of standard output: ``/dev/stdout``, ``/dev/fd/1``, a link to one."""
-    return _own_descriptor(path) == 1
+def open_descriptor(path: StrPath) -> int | None:
+    """The open descriptor of this process that ``path`` leads to, as ``/dev/stdout`` and ``/dev/fd/3`` do on Linux."""
+    name = os.fspath(path)
+    for _ in range(_MAX_LINKS):
+        folder, last = os.path.split(name)
+        folder = os.path.realpath(folder or ".")
+        if folder == f"/proc/{os.getpid()}/fd":
+            return int(last) if last.isdecimal() else None
+        if not os.path.islink(name):
+            return None
+        name = os.path.join(folder, os.readlink(name))
+    return None
 
 
 @contextlib.contextmanager
@@ -112,7 +121,7 @@ def _is_direct(path: StrPath) -> bool:
     name = os.fspath(path)
     if "\0" in name:
         raise ValueError(f"path={name!r} contains a NUL character")
-    if _own_descriptor(name) is not None:
+    if open_descriptor(name) is not None:
         return True
     try:
         mode = os.stat(name).st_mode
@@ -121,28 +130,12 @@ def _is_direct(path: StrPath) -> bool:
     return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
-def _own_descriptor(path: StrPath) -> int | None:
-    """The descriptor of this process that ``path`` leads to, as ``/dev/stdout`` and ``/dev/fd/3`` do on Linux.
-
-    It need not be opened again: that would truncate a file that the shell has opened, and fails for sockets.
-    """
-    name = os.fspath(path)
-    for _ in range(_MAX_LINKS):
-        folder, last = os.path.split(name)
-        folder = os.path.realpath(folder or ".")
-        if folder == f"/proc/{os.getpid()}/fd":
-            return int(last) if last.isdecimal() else None
-        if not os.path.islink(name):
-            return None
-        name = os.path.join(folder, os.readlink(name))
-    return None
-
-
 def _write_directly(path: StrPath, data: bytes) -> None:
-    descriptor = _own_descriptor(path)
+    descriptor = open_descriptor(path)
     if descriptor == 1 and sys.stdout is not None:
         sys.stdout.flush()  # what was printed comes first
     with errors_named(path):
+        # Opening a descriptor by name would truncate a file that the shell has opened, and fails for sockets.
         target = os.dup(descriptor) if descriptor is not None else path
         with open(target, "wb", buffering=0) as file:
             rest = memoryview(data)

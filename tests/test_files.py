@@ -232,8 +232,8 @@ def test_standard_output_by_name(capfd: pytest.CaptureFixture[str], tmp_path: Pa
     assert capfd.readouterr().out == "first\nsecond\n"
     (tmp_path / "link").symlink_to("/dev/stdout")
     names = ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1", str(tmp_path / "link"))
-    assert all(map(files.is_standard_output, names))
-    assert not any(map(files.is_standard_output, ("/dev/stderr", "/dev/null", "1", "", str(tmp_path))))
+    assert [files.open_descriptor(name) for name in (*names, "/dev/stderr")] == [1, 1, 1, 1, 2]
+    assert not any(map(files.open_descriptor, ("/dev/null", "1", "", "/proc/self/fd", str(tmp_path))))
 
 
 def test_only_regular_files_are_read(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ..files import check_target, is_standard_output, write_text
+from ..files import check_target, open_descriptor, write_text
 from .streams import PROG, one_line, write_output
 
 MAX_PIXELS = 8192  # a side; the tokens of such a square and their position table take gigabytes
@@ -97,7 +97,7 @@ def write_table(table: Table) -> None:
 
 def means_standard_output(target: str) -> bool:
     """Whether ``--json TARGET`` means standard output."""
-    return target == "-" or is_standard_output(target)
+    return target == "-" or open_descriptor(target) == 1
 
 
 def write_json(data: Any, target: str = "-") -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import __version__
 from ..config import BACKENDS
-from ..files import check_target, require_regular
+from ..files import check_target, open_descriptor, require_regular
 from ..macs import own_in_chans
 from ..models import T2TViT, create_model
 from ..models.variants import VARIANTS
@@ -183,6 +183,8 @@ def _class_names(path: str | None, num_classes: int) -> list[str]:
         if num_classes == 1000:
             return list(ImageNetInfo().label_descriptions())
         return [str(index) for index in range(num_classes)]
+    if open_descriptor(path) is None:  # one is a pipe whose writer is there, for `--class-names <(...)`
+        require_regular(path)
     try:
         with open(path, encoding="utf-8-sig") as file:
             names = file.read().splitlines()
