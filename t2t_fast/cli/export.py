@@ -45,12 +45,12 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
     target, dtype = args.target, None if args.dtype is None else getattr(torch, args.dtype)
-    _check_weights(args)
     try:
         check_request(target, args.format, max_batch=args.max_batch, dtype=dtype)
     except (ExportError, ValueError) as error:
         raise UsageError(str(error)) from error
     check_new(target, args.force)
+    _check_weights(args)
     model = load_model(args)
     try:
         frozen = freeze(model, dtype)
