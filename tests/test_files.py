@@ -199,6 +199,7 @@ def test_checkpoints_go_through_fifos(tmp_path: Path) -> None:
             found = torch.load(io.BytesIO(got[0]), weights_only=True)["state_dict"]
         elif suffix == ".npz":
             found = {name: torch.from_numpy(value) for name, value in np.load(io.BytesIO(got[0])).items()}
+            assert found.pop("grid_size").tolist() == [2, 2]
         else:
             found = safetensors.torch.load(got[0])
         assert found.keys() == weights.keys()
