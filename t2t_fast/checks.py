@@ -80,6 +80,8 @@ def as_integer(value: object) -> int | None:
     """
     if type(value) is int or isinstance(value, torch.SymInt):
         return value  # type: ignore[return-value]
+    if isinstance(value, Tensor) and torch.jit.is_tracing():
+        return value  # type: ignore[return-value]
     if isinstance(value, bool) or getattr(value, "dtype", None) is torch.bool:
         return None
     try:

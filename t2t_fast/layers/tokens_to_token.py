@@ -83,8 +83,6 @@ class TokensToToken(nn.Module):
     @staticmethod
     def grids(height: int, width: int) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
         """The token grids (h, w) after the first, second and third soft split of an image of that size."""
-        if torch.jit.is_tracing():  # where sizes are tensors
-            height, width = int(height), int(width)
         first = output_grid((height, width), *_FIRST)
         second = output_grid(first, *_LATER)
         return first, second, output_grid(second, *_LATER)

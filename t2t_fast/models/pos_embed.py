@@ -32,7 +32,9 @@ def resize_table(table: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, 
     Without antialiasing, as the original does for fine-tuning at another image size. Nothing depends on the value of a
     size that a graph leaves open; bicubic interpolation to the same grid gives every row back.
     """
-    if statically_known_true(old_grid[0] == new_grid[0]) and statically_known_true(old_grid[1] == new_grid[1]):
+    if all(
+        not isinstance(n, Tensor) and statically_known_true(o == n) for o, n in zip(old_grid, new_grid, strict=True)
+    ):
         return table
     dtype = compute_dtype(table)  # 16-bit forms are not on every device
     rows = table[:, 1:].to(dtype).unflatten(1, old_grid).permute(0, 3, 1, 2)

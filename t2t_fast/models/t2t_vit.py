@@ -270,6 +270,13 @@ class T2TViT(nn.Module):
         if update_model_input_size is not None:
             update_model_input_size(self, self.img_size)
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What ``torch.jit.script`` calls first."""
+        raise RuntimeError(
+            f"torch.jit.script is not supported by {type(self).__name__}; use torch.jit.trace, torch.export or "
+            "t2t_fast.export"
+        )
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_tables": {}}  # copies and pickles leave the cache behind
 
@@ -410,8 +417,12 @@ def _children_first(module: nn.Module) -> Iterator[nn.Module]:
 
 @torch.no_grad()
 def _truncated_normal_(tensor: Tensor) -> None:
-    """Drawn in float32 at least: 16 bits round uniform numbers to 1, which would become outliers of 100 deviations."""
-    tensor.copy_(trunc_normal_(torch.empty_like(tensor, dtype=compute_dtype(tensor)), std=0.02))
+    """Standard deviation 0.02, truncated at six of them, and drawn in float32 at least.
+
+    Uniform numbers that are rounded to -1, one of 2**24 in float32 and many in 16 bits, would else be outliers.
+    """
+    drawn = torch.empty_like(tensor, dtype=compute_dtype(tensor))
+    tensor.copy_(trunc_normal_(drawn, std=0.02, a=-0.12, b=0.12))
 
 
 def _init_linear(linear: nn.Linear) -> None:
