@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
-import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
 from timm.models import adapt_input_conv
-from torch import Tensor, nn
+from torch import Tensor
+from weights import SHAPES, assert_same, constant, small
 
 import t2t_fast
 from t2t_fast.cli import main
@@ -31,35 +29,6 @@ from t2t_fast.models.checkpoints import (
     read_checkpoint,
     save_checkpoint,
 )
-from t2t_fast.models.layouts import LAYOUTS, from_official
-from t2t_fast.models.pos_embed import resize_table
-
-SHAPES: dict[str, dict[str, list[int]]] = json.loads(
-    (Path(__file__).parent / "golden" / "state_dict_shapes.json").read_text()
-)
-
-
-def constant(name: str, value: float = 0.0) -> dict[str, Tensor]:
-    """The state dict of an original model, every tensor of one stored element."""
-    return {key: torch.tensor(value).expand(shape) for key, shape in SHAPES[name].items()}
-
-
-def small(tokens_type: str = "transformer", seed: int | None = None, **kwargs: Any) -> nn.Module:
-    """A narrow T2T-ViT; with a seed, every parameter is random."""
-    kwargs = {"embed_dim": 32, "depth": 1, "num_heads": 2, "num_classes": 10, "img_size": 32, **kwargs}
-    model = t2t_fast.create_model("t2t_vit_7", tokens_type=tokens_type, **kwargs).eval()
-    if seed is not None:
-        generator = torch.Generator().manual_seed(seed)
-        for parameter in model.parameters():
-            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
-    return model
-
-
-def assert_same(given: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    assert given.keys() == wanted.keys()
-    for key, value in wanted.items():
-        assert torch.equal(given[key], value), key
-
 
 # Reading
 
@@ -332,94 +301,6 @@ def test_in_chans_follows_the_rule_of_timm() -> None:
     torch.testing.assert_close(adapted[key], adapt_input_conv(5, source[key]))
     half = {key: value.half() for key, value in source.items()}
     assert adapt_state_dict(half, small("convolution", in_chans=5))[0][key].dtype == torch.float16
-
-
-# Loading into models
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".npz"])
-def test_every_layout_loads(tmp_path: Path, layout: str, suffix: str) -> None:
-    source = small(seed=0)
-    path = tmp_path / f"w{suffix}"
-    save_checkpoint(source.state_dict(), path, layout)
-    assert read_checkpoint(path).layout == layout
-    assert_same(load_checkpoint(path), source.state_dict())
-    if suffix != ".npz":
-        state_dict = torch.load(path)["state_dict"] if suffix == ".pth" else safetensors.torch.load_file(path)
-        assert set(state_dict) == set(from_official(source.state_dict(), layout))
-
-    kwargs = {"tokens_type": "transformer", "embed_dim": 32, "depth": 1, "num_heads": 2, "checkpoint_path": str(path)}
-    through_timm = timm.create_model("t2t_vit_7", num_classes=10, img_size=32, **kwargs)
-    assert_same(through_timm.state_dict(), source.state_dict())
-    fitted = timm.create_model("t2t_vit_7", num_classes=3, img_size=(32, 64), in_chans=1, **kwargs).state_dict()
-    wanted, _ = adapt_state_dict(source.state_dict(), small(num_classes=3, img_size=(32, 64), in_chans=1))
-    assert_same(*({k: v for k, v in weights.items() if not k.startswith("head.")} for weights in (fitted, wanted)))
-
-
-def test_a_square_table_is_resized_to_a_grid_of_as_many_tokens(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    square = small(img_size=64)  # 4 x 4 tokens, as 2 x 8
-    save_checkpoint(square.state_dict(), tmp_path / "square.pth")
-    wide = small(img_size=(32, 128))
-    load_checkpoint(tmp_path / "square.pth", wide)
-    assert "resized pos_embed from 4x4 to 2x8 tokens" in caplog.text
-    want = resize_table(square.pos_embed, (4, 4), (2, 8))
-    assert not torch.equal(want, square.pos_embed)
-    assert torch.equal(wide.pos_embed, want)
-    save_checkpoint(wide.state_dict(), tmp_path / "wide.pth")  # and a wide one stays as it is
-    assert torch.equal(load_checkpoint(tmp_path / "wide.pth", small(img_size=(32, 128)))["pos_embed"], want)
-
-
-def test_models_that_look_alike_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    source = t2t_fast.create_model("t2t_vit_14_resnext", img_size=32, num_classes=2)
-    save_checkpoint(source.state_dict(), tmp_path / "w.pth")
-    t2t_fast.create_model(checkpoint=tmp_path / "w.pth")
-    assert "taken for t2t_vit_14, but t2t_vit_14_resnext has weights of the very same names" in caplog.text
-
-
-def test_a_head_that_cannot_be_kept_is_missing() -> None:
-    weights = small(num_classes=10).state_dict()
-    with torch.device("meta"):
-        model = small(num_classes=3)
-    with pytest.raises(RuntimeError, match=r"head\.weight"):
-        model.load_state_dict(weights, assign=True)
-
-
-def test_create_model_reads_the_architecture_off_the_weights(tmp_path: Path) -> None:
-    source = t2t_fast.create_model("t2t_vit_10", num_classes=3, img_size=32, in_chans=2)
-    save_checkpoint(source.state_dict(), tmp_path / "w.npz", "paddlevit")
-    assert_same(t2t_fast.create_model(checkpoint=tmp_path / "w.npz").state_dict(), source.state_dict())
-
-
-def test_load_logs_what_it_changed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    path = tmp_path / "w.pth"
-    source = small(seed=0).state_dict()
-    torch.save({"state_dict": source, "state_dict_ema": source}, path)
-    caplog.set_level(logging.INFO, "t2t_fast")
-    adapted = load_checkpoint(path, small(num_classes=3, img_size=64))
-    assert adapted["pos_embed"].shape == (1, 17, 32)
-    assert [(record.levelname, record.name) for record in caplog.records] == [
-        ("INFO", "t2t_fast"),
-        ("WARNING", "t2t_fast"),
-        ("WARNING", "t2t_fast"),
-    ]
-    assert str(path) in caplog.text and "resized pos_embed from 2x2 to 4x4" in caplog.text
-
-
-def test_weights_of_another_model_are_refused_in_one_line(tmp_path: Path) -> None:
-    path = tmp_path / "w.pth"
-    save_checkpoint(small(depth=2).state_dict(), path)
-    with pytest.raises(CheckpointError, match=r"do not fit the model .*11 unexpected: blocks\.1\.") as caught:
-        load_checkpoint(path, small())
-    assert "\n" not in str(caught.value)
-    load_checkpoint(path, small(), strict=False)
-    with pytest.raises(CheckpointError, match=r"of another shape: cls_token \(1, 1, 32\) for"):
-        load_checkpoint(path, small(embed_dim=64, depth=2), strict=False)
-    save_checkpoint(small(img_size=(160, 320)).state_dict(), path)
-    with pytest.raises(CheckpointError, match=r"w\.pth: pos_embed has 200 tokens"):
-        load_checkpoint(path, small())
 
 
 # Saving

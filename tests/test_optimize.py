@@ -204,7 +204,7 @@ def test_state_dict(theirs: nn.Module) -> None:
     else:
         assert {"head.weight", "pos_embed", "blocks.1.mlp.fc2.bias"} <= state_dict.keys()
     again = randomize(t2t_fast.optimize(copy.deepcopy(theirs)), seed=1)
-    again.load_state_dict(theirs.state_dict())  # in their names as well
+    t2t_fast.load_checkpoint(theirs.state_dict(), again)  # in their names as well
     assert_same_logits(again, theirs)
 
 

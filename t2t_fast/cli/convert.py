@@ -6,7 +6,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..models.checkpoints import CheckpointError, infer_architecture, lookalikes, read_checkpoint, save_checkpoint
+from ..models.checkpoints import (
+    Checkpoint,
+    CheckpointError,
+    infer_architecture,
+    lookalikes,
+    read_checkpoint,
+    save_checkpoint,
+)
 from ..models.layouts import LAYOUTS, LayoutError
 from .common import UsageError, add_command
 
@@ -45,9 +52,9 @@ def _convert(source: Path, target: Path, layout: str, use_ema: bool, force: bool
     print(f"read   {source}: {len(checkpoint.state_dict)} tensors from {checkpoint.source}, {checkpoint.layout} layout")
     for note in checkpoint.notes:
         print(f"       {note}")
-    print(f"model  {_describe_model(checkpoint.state_dict)}")
+    print(f"model  {_describe_model(checkpoint)}")
     try:
-        save_checkpoint(checkpoint.state_dict, target, layout)
+        save_checkpoint(checkpoint.state_dict, target, layout, checkpoint.grid_size)
     except LayoutError as error:
         raise UsageError(f"{source}: {error}") from error
     except OSError as error:  # its own file name would be that of a temporary file
@@ -55,9 +62,9 @@ def _convert(source: Path, target: Path, layout: str, use_ema: bool, force: bool
     print(f"wrote  {target}: {layout} layout, {target.stat().st_size / 1e6:.1f} MB")
 
 
-def _describe_model(state_dict: dict[str, Any]) -> str:
+def _describe_model(checkpoint: Checkpoint) -> str:
     try:
-        name, kwargs = infer_architecture(state_dict)
+        name, kwargs = infer_architecture(checkpoint.state_dict, checkpoint.grid_size)
     except CheckpointError as error:  # a custom width or depth converts as well
         return str(error)
     alike = f" (or {' or '.join(lookalikes(name))}: same shapes)" if lookalikes(name) else ""

@@ -8,21 +8,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .architecture import FIRST_KERNEL, source_channels, square_side
-from .layouts import CheckpointError
-from .pos_embed import resize_table, sinusoid_table
+from .architecture import FIRST_KERNEL, some, source_channels, square_side
+from .layouts import CheckpointError, unwrapped
+from .pos_embed import resize_table
 
 
 class LoudNote(str):
     """A note about a change to the weights that a user should see: logged as a warning."""
 
 
-def adapt_state_dict(state_dict: Mapping[str, Tensor], model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
+def t2t_vit_inside(model: Any) -> Any:
+    """The T2T-ViT of this library that ``model`` is, inside DataParallel and ``torch.compile`` or not; else None."""
+    while hasattr(model, "_orig_mod") or isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
+    return model if hasattr(model, "tokens_to_token") and hasattr(model, "grid_size") else None
+
+
+def adapt_state_dict(
+    state_dict: Mapping[str, Tensor], model: nn.Module, grid_size: tuple[int, int] | None = None
+) -> tuple[dict[str, Tensor], list[str]]:
     """Fit weights to a T2T-ViT with another head, image size or number of input channels.
 
-    * Head of another number of classes, or none: the model's own is kept; a model without one drops it.
-    * Position table of another square grid: bicubic resize to ``model.grid_size``, class token untouched. A table
-      that was never resized is taken as a square grid's, even where a non-square model has as many tokens.
+    * Head with other names or shapes than the model's, or none: the model's own is kept; a model without one drops it.
+    * Position table of another grid: bicubic resize to ``model.grid_size``, class token untouched. Where ``grid_size``
+      does not tell the table's grid, a table of the model's shape is taken as it is, any other one as a square's.
     * Input channels: the repeat-and-rescale rule of timm, with the first LayerNorm's affine folded into the projection
       so that one channel means exactly the original network on the grey image repeated.
 
@@ -30,63 +39,97 @@ def adapt_state_dict(state_dict: Mapping[str, Tensor], model: nn.Module) -> tupl
 
     Args:
         state_dict: Official names to tensors; not modified.
-        model: The model to fit (its ``state_dict()``, ``grid_size``, ``num_classes``, ``tokens_to_token.in_chans``).
+        model: The model to fit (its ``state_dict()``, ``grid_size``, ``tokens_to_token.in_chans``).
+        grid_size: Height and width, in tokens, of the table's grid; one that does not fit the table is passed over.
 
     Returns:
         The adapted state dict and one note per change; a :class:`LoudNote` where the function computed changes.
 
     Raises:
-        CheckpointError: A position table of a non-square grid would have to be resized.
+        CheckpointError: A position table of a non-square grid would have to be resized, and ``grid_size`` is not given.
     """
     adapted = dict(state_dict)
     net: Any = model
-    own = model.state_dict()
+    own = {unwrapped(name): value for name, value in model.state_dict().items()}
     notes = [
-        *_adapt_head(adapted, own, net.num_classes),
-        *_adapt_pos_embed(adapted, own, net.grid_size),
+        *_adapt_head(adapted, own),
+        *_adapt_pos_embed(adapted, own, net.grid_size, grid_size),
         *_adapt_in_chans(adapted, net.tokens_to_token.in_chans),
     ]
     return adapted, notes
 
 
-def _adapt_head(adapted: dict[str, Tensor], own: Mapping[str, Tensor], num_classes: int) -> list[str]:
-    given = [name for name in adapted if name.startswith("head.")]
-    kept = {name: value for name, value in own.items() if name.startswith("head.")}
-    classes = adapted["head.weight"].shape[0] if "head.weight" in adapted else 0
-    if not kept:
-        note = [f"dropped the head of {classes} classes: the model has none"] if given else []
-    elif not given:
-        note = [LoudNote(f"no head in the weights: the model keeps its own of {num_classes} classes")]
-    elif classes != num_classes:
-        note = [LoudNote(f"the head is for {classes} classes: the model keeps its own of {num_classes}")]
-    else:
+def _adapt_head(adapted: dict[str, Tensor], own: Mapping[str, Any]) -> list[str]:
+    given = {name: value for name, value in adapted.items() if name.startswith("head.")}
+    kept = {name: value for name, value in own.items() if name.startswith("head.")}  # a quantised one has other values
+    if given.keys() == kept.keys() and all(_shape(given[name]) == _shape(kept[name]) for name in given):
         return []
+    if not kept:
+        note = f"dropped {_describe_head(given)}: the model has none"
+    elif not given:
+        note = LoudNote(f"no head in the weights: the model keeps its own{_of_classes(kept)}")
+    elif _of_classes(given) and _of_classes(kept):
+        count = kept["head.weight"].shape[0]
+        note = LoudNote(f"the head is{_of_classes(given, 'for')}: the model keeps its own of {count}")
+    else:
+        note = LoudNote(f"{_describe_head(given)} does not fit: the model keeps its own, {_describe_head(kept)}")
     for name in given:
         del adapted[name]
     # A head without values (on the meta device) cannot be kept: then load_state_dict reports it missing.
-    adapted.update({name: value.clone() for name, value in kept.items() if not value.is_meta})
-    return note
+    for name, value in kept.items():
+        if not isinstance(value, Tensor):
+            adapted[name] = value
+        elif not value.is_meta:
+            adapted[name] = value.clone()
+    return [note]
 
 
-def _adapt_pos_embed(adapted: dict[str, Tensor], own: Mapping[str, Tensor], grid: tuple[int, int]) -> list[str]:
-    table, target = adapted.get("pos_embed"), own.get("pos_embed")
-    if table is None or target is None:
+def _shape(value: Any) -> tuple[int, ...] | None:
+    return tuple(value.shape) if isinstance(value, Tensor) else None
+
+
+def _of_classes(head: Mapping[str, Any], preposition: str = "of") -> str:
+    """The number of classes of a head that is one Linear; nothing of any other one."""
+    if head.keys() <= {"head.weight", "head.bias"} and "head.weight" in head:
+        return f" {preposition} {head['head.weight'].shape[0]} classes"
+    return ""
+
+
+def _describe_head(head: Mapping[str, Any]) -> str:
+    shapes = [f"{name} {_shape(value) or type(value).__name__}" for name, value in head.items()]
+    return "the head" + (_of_classes(head) or f" of {some(shapes)}")
+
+
+def _adapt_pos_embed(
+    adapted: dict[str, Tensor], own: Mapping[str, Any], grid: tuple[int, int], recorded: tuple[int, int] | None
+) -> list[str]:
+    if "pos_embed" not in adapted or "pos_embed" not in own:
         return []
-    side = square_side(table)
-    if table.shape[1] == target.shape[1] and (side in (None, *grid) or not _is_unresized(table)):
-        return []
-    if side is None:
+    adapted["pos_embed"], notes = fit_table(adapted["pos_embed"], grid, recorded)
+    return notes
+
+
+def fit_table(table: Tensor, grid: tuple[int, int], recorded: tuple[int, int] | None) -> tuple[Tensor, list[str]]:
+    """A position table (1, 1 + h*w, dim) for a model of ``grid``, and notes; see :func:`adapt_state_dict`."""
+    tokens, side = table.shape[1] - 1, square_side(table)
+    if recorded is not None and recorded[0] * recorded[1] == tokens:
+        source = recorded
+    elif tokens == grid[0] * grid[1]:
+        if not side or grid == (side, side):
+            return table, []
+        note = f"took pos_embed as one of {grid[0]}x{grid[1]} tokens, which the file does not tell; if it is one of"
+        return table, [LoudNote(f"{note} {side}x{side}, pass grid_size=({side}, {side}) to load_checkpoint")]
+    elif side is not None:
+        source = (side, side)
+    else:
         raise CheckpointError(
-            f"pos_embed has {table.shape[1] - 1} tokens, the model {grid[0]}x{grid[1]} = {target.shape[1] - 1}: a "
-            "table that is not of a square grid cannot be resized, for its height and width are not in the weights"
+            f"pos_embed has {tokens} tokens, the model {grid[0]}x{grid[1]} = {grid[0] * grid[1]}: a table that is not "
+            "of a square grid cannot be resized unless grid_size tells its height and width: the file does not"
         )
-    adapted["pos_embed"] = resize_table(table, (side, side), grid)
-    return [LoudNote(f"resized pos_embed from {side}x{side} to {grid[0]}x{grid[1]} tokens")]
-
-
-def _is_unresized(table: Tensor) -> bool:
-    """Whether this is the table that a model starts with, and so that of a square image unless trained on others."""
-    return torch.allclose(table.float().cpu(), sinusoid_table(*table.shape[1:]), atol=1e-2)
+    if source == grid:
+        return table, []
+    note = f"resized pos_embed from {source[0]}x{source[1]} to {grid[0]}x{grid[1]} tokens"
+    return resize_table(table, source, grid), [LoudNote(note)]
 
 
 def _adapt_in_chans(adapted: dict[str, Tensor], in_chans: int) -> list[str]:
@@ -102,7 +145,9 @@ def _adapt_in_chans(adapted: dict[str, Tensor], in_chans: int) -> list[str]:
     layer = "tokens_to_token.attention1."
     projection = layer + ("kqv" if f"{layer}kqv.weight" in adapted else "attn.qkv")
     names = f"{layer}norm1.weight", f"{layer}norm1.bias", f"{projection}.weight"
-    if any(name not in adapted for name in names):
+    if any(name not in adapted for name in names) or adapted[names[2]].shape[1] != source * FIRST_KERNEL**2:
+        return []
+    if any(adapted[name].shape != adapted[names[2]].shape[1:] for name in names[:2]):
         return []
     # W (gamma * n + beta) + b = (W diag(gamma)) n + (W beta + b), and the normalised n is the same in every channel
     # when the channels are: only the folded weight has to be adapted.

@@ -7,8 +7,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from ..checks import FLOAT_DTYPES
 from .layouts import CheckpointError, detect_layout
 from .variants import VARIANTS
 
@@ -25,12 +27,15 @@ _BLOCKS = {
     "ghost": "blocks.0.mlp.cheap_operation2.weight",
     "standard": "blocks.0.mlp.fc2.weight",
 }
-_BLOCK_NORM = re.compile(r"blocks\.(\d+)\.norm1\.weight")
+_BLOCK_NORM = re.compile(r"blocks\.(\d{1,6})\.norm1\.weight")
 _PIXELS_PER_TOKEN = 16  # along one side: 4 * 2 * 2
 FIRST_KERNEL = 7
+_MAX_EXPANDED_BYTES = 2**30  # of a file's tensors that claim more values than it stores; the largest model has 0.26e9
 
 
-def infer_architecture(state_dict: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]]:
+def infer_architecture(
+    state_dict: Mapping[str, Tensor], grid_size: tuple[int, int] | None = None
+) -> tuple[str, dict[str, Any]]:
     """Recognise the model that a state dict belongs to.
 
     The number of heads leaves no trace in the weights, so models that differ in nothing else cannot be told apart:
@@ -39,10 +44,11 @@ def infer_architecture(state_dict: Mapping[str, Tensor]) -> tuple[str, dict[str,
 
     Args:
         state_dict: Official names to tensors (only shapes are read).
+        grid_size: Height and width in tokens of the position table's grid; None takes it for a square.
 
     Returns:
         The name of the model, and its keyword arguments ``num_classes`` (0 without a head), ``in_chans``,
-        ``token_dim``, ``qkv_bias`` and ``img_size``; the last only if the position table is that of a square image.
+        ``token_dim``, ``qkv_bias`` and ``img_size``; the last only if the grid is given or can be a square.
 
     Raises:
         CheckpointError: This is no T2T-ViT, or no named one; the message tells the closest and the differences.
@@ -63,7 +69,9 @@ def infer_architecture(state_dict: Mapping[str, Tensor]) -> tuple[str, dict[str,
         "qkv_bias": any(f"blocks.0.attn.{part}.bias" in state_dict for part in ("qkv", "q")),
     }
     side = square_side(state_dict["pos_embed"]) if "pos_embed" in state_dict else None
-    if side is not None:
+    if grid_size is not None and grid_size[0] != grid_size[1]:
+        kwargs["img_size"] = (grid_size[0] * _PIXELS_PER_TOKEN, grid_size[1] * _PIXELS_PER_TOKEN)
+    elif side is not None:
         kwargs["img_size"] = side * _PIXELS_PER_TOKEN
     return name, kwargs
 
@@ -73,12 +81,15 @@ def lookalikes(name: str) -> tuple[str, ...]:
     return tuple(other for other in VARIANTS if other != name and _variant_design(other) == _variant_design(name))
 
 
-def require_t2t_vit(state_dict: Mapping[str, Tensor], found: Sequence[str] | None = None) -> None:
+def require_t2t_vit(
+    state_dict: Mapping[str, Tensor], found: Sequence[str] | None = None, remarks: Sequence[str] = ()
+) -> None:
     """Raise :class:`CheckpointError` unless ``state_dict`` (official names) has what every T2T-ViT has.
 
     Args:
         state_dict: Official names to tensors.
         found: The names before translation, for the message.
+        remarks: What else to tell.
     """
     missing = [name for name in _ESSENTIAL if name not in state_dict]
     if not any(name in state_dict for name in _TOKEN_LAYERS.values()):
@@ -92,7 +103,61 @@ def require_t2t_vit(state_dict: Mapping[str, Tensor], found: Sequence[str] | Non
         f"holds no T2T-ViT: found {some(found)}; missing {', '.join(missing)}; closest layout {detect_layout(found)} "
         f"({total - len(missing)} of {total} essential names), "
         + (f"closest model {_closest_variant(design)[0]}" if design else "no model comes close")
+        + "".join(f"; {remark}" for remark in remarks)
     )
+
+
+def check_entries(state_dict: Mapping[str, Tensor]) -> None:
+    """Raise :class:`CheckpointError` unless every entry of a T2T-ViT's name is a tensor that may be its weight.
+
+    Looks at types, dtypes and numbers of dimensions, and allocates nothing.
+
+    Args:
+        state_dict: Official names to tensors. Other names, and the parts of a head that is no Linear, pass.
+    """
+    expanded = 0
+    for name, value in state_dict.items():
+        ndims = _expected_ndim(name)
+        if not ndims:
+            continue
+        if type(value) not in (Tensor, nn.Parameter) or value.layout != torch.strided or value.is_quantized:
+            kind = type(value).__name__ if type(value) not in (Tensor, nn.Parameter) else value.layout
+            kind = "quantised" if value.is_quantized else kind
+            raise CheckpointError(f"{name} is {kind}, not a plain dense tensor")
+        if value.is_meta:
+            raise CheckpointError(f"{name} has no values: it is on the meta device")
+        if value.dtype not in FLOAT_DTYPES:
+            raise CheckpointError(f"{name} has dtype {value.dtype}; accepted: {', '.join(map(str, FLOAT_DTYPES))}")
+        if value.ndim not in ndims or 0 in value.shape:
+            wanted = " or ".join(map(str, ndims))
+            raise CheckpointError(f"{name} must have {wanted} dimensions, none empty, got shape {tuple(value.shape)}")
+        if name == "cls_token" and value.shape[:2] != (1, 1):
+            raise CheckpointError(f"cls_token must have shape (1, 1, width), got {tuple(value.shape)}")
+        if name == "pos_embed" and (value.shape[0] != 1 or value.shape[1] < 2):
+            raise CheckpointError(f"pos_embed must have shape (1, 1 + height * width, width), got {tuple(value.shape)}")
+        claimed = value.numel() * value.element_size()
+        if claimed > value.untyped_storage().nbytes():
+            expanded += claimed
+    if expanded > _MAX_EXPANDED_BYTES:
+        raise CheckpointError(f"claims {expanded} bytes of weights that are not in the file: its tensors are expanded")
+
+
+def _expected_ndim(name: str) -> tuple[int, ...]:
+    """The numbers of dimensions that a T2T-ViT's entry of this name may have; none for a name that it does not have."""
+    if name in ("cls_token", "pos_embed"):
+        return (3,)
+    parent, _, leaf = name.rpartition(".")
+    is_ours = parent in ("head", "norm") or parent.startswith(("tokens_to_token.", "blocks."))
+    if not is_ours or leaf not in ("weight", "bias", "w"):
+        return ()
+    module = parent.rpartition(".")[2]
+    if leaf == "bias" or module.startswith("norm"):
+        return (1,)
+    if module.startswith("soft_split"):
+        return (4,)
+    if module.startswith("cheap_operation"):
+        return (3,)
+    return (2, 4) if module == "project" else (2,)
 
 
 def describe_mismatch(given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
@@ -114,9 +179,10 @@ def describe_mismatch(given: Mapping[str, Tensor], own: Mapping[str, Tensor]) ->
 
 
 def some(names: Sequence[str], count: int = 4) -> str:
-    """The first few names, and how many more there are."""
+    """The first few names, in one line, and how many more there are."""
     more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(names[:count]) + more if names else "nothing"
+    shown = [name if name.isprintable() else ascii(name) for name in (name[:200] for name in names[:count])]
+    return ", ".join(shown) + more if names else "nothing"
 
 
 def source_channels(state_dict: Mapping[str, Tensor]) -> int | None:
@@ -152,12 +218,12 @@ def read_design(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
         design["mlp_ratio"] = hidden / width
     if design.get("block_type") == "dense" and blocks:
         design["growth_rate"] = state_dict[_BLOCKS["dense"]].shape[0]
-        stages = [0]
-        for i in range(max(blocks) + 1):
-            if i in blocks:
-                stages[-1] += 1
-            else:  # a transition
+        stages, previous = [0], -1
+        for i in sorted(blocks):
+            if i > previous + 1:  # a transition stands between
                 stages.append(0)
+            stages[-1] += 1
+            previous = i
         design["block_config"] = tuple(stages)
     return design
 

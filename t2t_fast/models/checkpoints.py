@@ -7,15 +7,12 @@ Nothing in a file is ever executed: pickles go through ``torch.load(weights_only
 
 from __future__ import annotations
 
-import argparse
-import errno
+import copy
 import logging
 import os
-import pickle
-import re
 import secrets
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,9 +21,12 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from .adapt import LoudNote, adapt_state_dict
-from .architecture import describe_mismatch, infer_architecture, lookalikes, require_t2t_vit, some
-from .layouts import CheckpointError, from_official, to_official
+from ..checks import FLOAT_DTYPES
+from .adapt import LoudNote, adapt_state_dict, fit_table, t2t_vit_inside
+from .architecture import check_entries, describe_mismatch, infer_architecture, lookalikes, require_t2t_vit
+from .containers import FoundWeights, as_grid, find_weights, recorded_grid
+from .layouts import CheckpointError, from_official, to_official, unwrapped
+from .weight_files import GRID_KEY, WeightFile, read_weight_file
 
 __all__ = [
     "Checkpoint",
@@ -43,21 +43,20 @@ __all__ = [
 
 _logger = logging.getLogger("t2t_fast")
 
-_EMA_CONTAINERS = ("state_dict_ema", "model_ema")
-_CONTAINERS = ("state_dict", "model")
-
 
 @dataclass(frozen=True)
 class Checkpoint:
     """The weights of a file.
 
     Attributes:
-        path: The file.
+        path: The file, or the folder.
         state_dict: Official names to CPU tensors, dtypes as in the file.
         layout: The layout of the file, one of :data:`t2t_fast.models.layouts.LAYOUTS`.
-        source: The container the weights were in: ``"state_dict_ema"``, ``"model_ema"``, ``"state_dict"``,
-            ``"model"``, or ``"bare"`` for a file that is itself the state dict.
+        source: The container the weights were in, such as ``"state_dict_ema"`` or ``"state_dict"``, or ``"bare"`` for a
+            file that is itself the state dict.
         notes: What a user should know about the choice made.
+        grid_size: Height and width in tokens of the position table's grid, None where the file does not tell.
+        config: The ``config.json`` of a folder, else empty.
     """
 
     path: Path
@@ -65,68 +64,158 @@ class Checkpoint:
     layout: str
     source: str
     notes: tuple[str, ...] = ()
+    grid_size: tuple[int, int] | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_checkpoint(path: str | os.PathLike[str], use_ema: bool = True) -> Checkpoint:
     """Read the weights of a T2T-ViT from a file, whichever project wrote it, without executing anything in it.
 
     Args:
-        path: A file by ``torch.save`` (``.pth``, ``.pth.tar``, ``.pt``, ...), ``.safetensors`` or ``.npz``.
+        path: A file by ``torch.save``, safetensors or ``numpy.savez`` (the content decides, not the suffix); an index
+            of shards (``*.index.json``); or a folder with one of these, and perhaps a ``config.json``.
         use_ema: Prefer the averaged weights where the file has both.
 
     Raises:
         FileNotFoundError: There is no such file.
-        CheckpointError: The file cannot be read, needs code to be executed, or holds no T2T-ViT.
+        CheckpointError: The file cannot be read, needs code to be executed, or holds no T2T-ViT, or several.
     """
     path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(errno.ENOENT, "no such checkpoint file", str(path))
-    if path.is_dir():
-        raise CheckpointError(f"{path}: is a directory, not a checkpoint file")
-    content = _read_file(path)
-    if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a dictionary of weights")
-    weights, source, notes = _pick_weights(content, use_ema)
+    file = read_weight_file(path)
+    return _translate(path, file, _find(path, file, use_ema))
+
+
+def _find(path: Path, file: WeightFile, use_ema: bool) -> FoundWeights:
     try:
-        state_dict, layout = to_official(weights)
-        require_t2t_vit(state_dict, found=[str(name) for name in weights or content])
+        return find_weights(file.content, use_ema, file.grid)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def _translate(path: Path, file: WeightFile, found: FoundWeights) -> Checkpoint:
+    try:
+        state_dict, layout = to_official({bare: found.tensors[name] for name, bare in found.names.items()})
+        check_entries(state_dict)
+        require_t2t_vit(state_dict, [*found.tensors] or [str(name) for name in file.content], found.ignored)
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path}: {error}") from error
-    return Checkpoint(path, state_dict, layout, source, tuple(notes))
+    grid = found.grid or _grid_of(file.config)
+    if grid and "pos_embed" in state_dict and grid[0] * grid[1] + 1 != state_dict["pos_embed"].shape[1]:
+        grid = None  # a note of another state of the model
+    return Checkpoint(path, state_dict, layout, found.source, found.notes + found.ignored, grid, file.config)
+
+
+def _grid_of(config: Mapping[str, Any]) -> tuple[int, int] | None:
+    """The grid that a ``config.json`` by timm implies."""
+    pretrained = config.get("pretrained_cfg")
+    size = pretrained.get("input_size") if isinstance(pretrained, Mapping) else None
+    pixels = as_grid(size[1:]) if isinstance(size, list) else None
+    return as_grid([side // 16 for side in pixels]) if pixels else None
 
 
 def load_checkpoint(
-    path: str | os.PathLike[str], model: nn.Module | None = None, *, use_ema: bool = True, strict: bool = True
+    path: str | os.PathLike[str] | Mapping[str, Any],
+    model: nn.Module | None = None,
+    *,
+    use_ema: bool = True,
+    strict: bool = True,
+    grid_size: tuple[int, int] | None = None,
 ) -> dict[str, Tensor]:
     """Read a checkpoint and, given a model, fit its weights to the model and load them.
 
+    Weights whose names and shapes already are the model's own are loaded as they are, whatever the model's head and
+    modules have become. Others are translated to the official names and fitted by :func:`adapt_state_dict`.
+
     Args:
-        path: See :func:`read_checkpoint`.
-        model: A T2T-ViT of this library, or None only to read.
+        path: See :func:`read_checkpoint`; or what was read already: a state dict, or a trainer's dictionary around it.
+        model: A T2T-ViT of this library (inside DataParallel or ``torch.compile``, too), or None only to read.
         use_ema: Prefer the averaged weights where the file has both.
         strict: Insist that the names of file and model agree.
+        grid_size: Height and width in tokens of the file's position table. Needed to resize a table of a grid that is
+            not square, where the file does not tell it; files by this library do.
 
     Returns:
-        The (adapted) state dict with official names. Notes go to the logger ``t2t_fast``.
+        The (adapted) state dict, with official names unless the names were the model's own already. Notes go to the
+        logger ``t2t_fast``.
 
     Raises:
         FileNotFoundError: There is no such file.
         CheckpointError: The file holds no T2T-ViT, or one that does not fit the model.
+        TypeError: ``model`` is no T2T-ViT of this library, and the names are not its own.
     """
-    checkpoint = read_checkpoint(path, use_ema)
-    log_notes(checkpoint.notes, path)
+    if isinstance(path, Mapping):
+        file = WeightFile(path, path.get(GRID_KEY))
+        path = Path("state_dict")
+    else:
+        path = Path(path)
+        file = read_weight_file(path)
+    found = _find(path, file, use_ema)
+    if model is not None and _are_own(found.entries, model):
+        own, notes = _fit_own(found, model, found.grid or grid_size)
+        log_notes((*found.notes, *notes), path)
+        model.load_state_dict(own, strict=strict)
+        return own
+    checkpoint = _translate(path, file, found)
     if model is None:
+        log_notes(checkpoint.notes, path)
         return checkpoint.state_dict
+    return load_into(model, checkpoint, strict, grid_size)
+
+
+def load_into(
+    model: nn.Module, checkpoint: Checkpoint, strict: bool = True, grid_size: tuple[int, int] | None = None
+) -> dict[str, Tensor]:
+    """Fit the weights of a checkpoint to a model and load them; as :func:`load_checkpoint`, the file being read."""
+    path = checkpoint.path
+    log_notes(checkpoint.notes, path)
+    inner = t2t_vit_inside(model)
+    if inner is None:
+        raise TypeError(
+            f"model must be a T2T-ViT of this library, or have the very names and shapes of {path}; got "
+            f"{type(model).__name__}"
+        )
+    own_names = {unwrapped(name): name for name in inner.state_dict()}  # with those of compiled blocks and the like
     try:
-        adapted, notes = adapt_state_dict(checkpoint.state_dict, model)
+        adapted, notes = adapt_state_dict(checkpoint.state_dict, inner, checkpoint.grid_size or grid_size)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     try:
-        model.load_state_dict(adapted, strict=strict)
+        inner.load_state_dict({own_names.get(name, name): value for name, value in adapted.items()}, strict=strict)
     except RuntimeError as error:
-        raise CheckpointError(f"{path}: {describe_mismatch(adapted, model.state_dict()) or error}") from error
+        raise CheckpointError(f"{path}: {describe_mismatch(adapted, _tensors(inner)) or error}") from error
     log_notes(notes, path)
     return adapted
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {unwrapped(name): value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+
+
+def _are_own(entries: Mapping[str, Any], model: nn.Module) -> bool:
+    """Whether names, types and shapes are the model's own, and no kind of number would silently become another."""
+    own = model.state_dict()
+    return entries.keys() == own.keys() and all(_is_alike(given, own[name]) for name, given in entries.items())
+
+
+def _fit_own(
+    found: FoundWeights, model: nn.Module, grid_size: tuple[int, int] | None
+) -> tuple[dict[str, Any], list[str]]:
+    """Entries that are the model's own, the position table resized if it is known to be of another grid."""
+    entries: Any = copy.copy(found.entries)  # with its metadata, which quantised modules read
+    notes: list[str] = []
+    inner = t2t_vit_inside(model)
+    for name, bare in found.names.items():
+        if bare == "pos_embed" and inner is not None:
+            entries[name], notes = fit_table(entries[name], inner.grid_size, grid_size)
+    return entries, notes
+
+
+def _is_alike(given: Any, own: Any) -> bool:
+    if not (isinstance(given, Tensor) and isinstance(own, Tensor)):
+        return type(given) is type(own)
+    same_kind = (given.is_quantized, given.layout) == (own.is_quantized, own.layout) and not given.is_meta
+    both_float = given.dtype in FLOAT_DTYPES and own.dtype in FLOAT_DTYPES
+    return given.shape == own.shape and same_kind and (given.dtype == own.dtype or both_float)
 
 
 def log_notes(notes: Iterable[str], origin: object) -> None:
@@ -135,14 +224,21 @@ def log_notes(notes: Iterable[str], origin: object) -> None:
         _logger.log(logging.WARNING if isinstance(note, LoudNote) else logging.INFO, "%s: %s", origin, note)
 
 
-def save_checkpoint(state_dict: Mapping[str, Tensor], path: str | os.PathLike[str], layout: str = "official") -> None:
+def save_checkpoint(
+    state_dict: Mapping[str, Tensor],
+    path: str | os.PathLike[str],
+    layout: str = "official",
+    grid_size: tuple[int, int] | None = None,
+) -> None:
     """Write weights to a file, whole or not at all.
 
     Args:
         state_dict: Official names to tensors.
-        path: ``.pth``, ``.pth.tar`` or ``.pt`` (a dictionary with the one entry ``state_dict``), ``.safetensors`` or
+        path: ``.pth``, ``.pth.tar`` or ``.pt`` (a dictionary with the weights in ``state_dict``), ``.safetensors`` or
             ``.npz``. An existing file is replaced once the new one is complete.
         layout: ``"official"``, ``"mmpretrain"`` or ``"paddlevit"``.
+        grid_size: Height and width in tokens of the position table's grid, recorded beside the weights. None takes what
+            ``T2TViT.state_dict()`` carries with it.
 
     Raises:
         LayoutError: The project of ``layout`` has no such model.
@@ -156,10 +252,11 @@ def save_checkpoint(state_dict: Mapping[str, Tensor], path: str | os.PathLike[st
     }
     if not path.name.endswith((".pth", ".pth.tar", ".pt", ".safetensors", ".npz")):
         raise CheckpointError(f"path={str(path)!r} must end in .pth, .pth.tar, .pt, .safetensors or .npz")
+    grid = as_grid(grid_size) or recorded_grid(state_dict)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "xb") as file:
-            _write(tensors, file, path.suffix)
+            _write(tensors, file, path.suffix, grid)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -167,105 +264,15 @@ def save_checkpoint(state_dict: Mapping[str, Tensor], path: str | os.PathLike[st
         temporary.unlink(missing_ok=True)
 
 
-def _write(tensors: dict[str, Tensor], file: IO[bytes], suffix: str) -> None:
+def _write(tensors: dict[str, Tensor], file: IO[bytes], suffix: str, grid: tuple[int, int] | None) -> None:
     if suffix == ".safetensors":
-        file.write(safetensors.torch.save(tensors, metadata={"format": "pt"}))
+        recorded = {} if grid is None else {GRID_KEY: f"{grid[0]}x{grid[1]}"}
+        file.write(safetensors.torch.save(tensors, metadata={"format": "pt", **recorded}))
     elif suffix == ".npz":
         # NumPy has no bfloat16; float32 holds its every value.
         arrays = {k: (v.float() if v.dtype == torch.bfloat16 else v).numpy() for k, v in tensors.items()}
+        if grid is not None:
+            arrays[GRID_KEY] = np.array(grid)
         np.savez(file, **arrays)  # type: ignore[arg-type]
     else:
-        torch.save({"state_dict": tensors}, file)
-
-
-class _Inert:
-    """Stands in for objects beside the weights (a metric as a NumPy scalar): takes any state, does nothing with it."""
-
-    def __init__(self, *args: object) -> None:
-        pass
-
-    def __setstate__(self, state: object) -> None:
-        pass
-
-
-# What the official files and old timm ones hold beside tensors. The NumPy names are given to the stand-in, so that
-# no constructor of NumPy sees data from the file.
-_SAFE_GLOBALS: list[Any] = [
-    argparse.Namespace,
-    (_Inert, "numpy.core.multiarray.scalar"),
-    (_Inert, "numpy._core.multiarray.scalar"),
-    (_Inert, "numpy.dtype"),
-]
-
-
-def _read_file(path: Path) -> Any:
-    if path.suffix == ".npy":
-        raise CheckpointError(f"{path}: an .npy file is one array without a name; expected .npz, with all of them")
-    if path.suffix == ".pdparams":
-        raise CheckpointError(
-            f"{path}: is a PaddlePaddle pickle, which is not executed here; write an .npz with PaddlePaddle: "
-            f"numpy.savez('weights.npz', **{{k: v.numpy() for k, v in paddle.load({path.name!r}).items()}})"
-        )
-    try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as archive:
-                return {name: archive[name] for name in archive.files}
-        with torch.serialization.safe_globals(_SAFE_GLOBALS):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except PermissionError:
-        raise
-    except Exception as error:  # the readers raise anything on a damaged file, a bare KeyError included
-        names = _unsafe_globals(path) if isinstance(error, pickle.UnpicklingError) else []
-        names = names or re.findall(r"GLOBAL (\S+)", str(error))
-        if names:
-            raise CheckpointError(
-                f"{path}: needs {', '.join(sorted(set(names)))}, which is code, not data, and was not executed; if you "
-                "trust the file, load it with torch.load(..., weights_only=False) and save its state dict again"
-            ) from error
-        raise CheckpointError(f"{path}: cannot be read as a checkpoint: {_guess_content(path, error)}") from error
-
-
-def _unsafe_globals(path: Path) -> list[str]:
-    try:
-        with torch.serialization.safe_globals(_SAFE_GLOBALS):
-            return torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # files of torch before 1.6 are not archives and cannot be listed
-        return []
-
-
-def _guess_content(path: Path, error: Exception) -> str:
-    with open(path, "rb") as file:
-        start = file.read(256)
-    if not start:
-        return "the file is empty"
-    if start.lstrip()[:14].lower().startswith((b"<!doctype html", b"<html")):
-        return "it is an HTML page, so the download must have gone wrong"
-    if start.startswith(b"version https://git-lfs"):
-        return "it is a Git LFS pointer, not the file itself"
-    if b"Object arrays cannot be loaded" in str(error).encode():
-        return "it holds pickled objects, which were not executed"
-    if all(32 <= byte < 127 or byte in b"\t\r\n" for byte in start):
-        return "it is a text file"
-    return f"it is truncated, damaged or of another kind ({type(error).__name__})"
-
-
-def _pick_weights(content: Mapping[str, Any], use_ema: bool) -> tuple[dict[str, Any], str, list[str]]:
-    """The tensors of the preferred container, the name of the container, and notes."""
-    order = (*_EMA_CONTAINERS, *_CONTAINERS) if use_ema else (*_CONTAINERS, *_EMA_CONTAINERS)
-    present = [key for key in order if isinstance(content.get(key), Mapping) and content[key]]
-    source = present[0] if present else "bare"
-    chosen = content[source] if present else content
-    notes = []
-    if len(present) > 1:
-        notes.append(f"took the weights in {source}, left those in {', '.join(present[1:])}")
-    if not use_ema and source in _EMA_CONTAINERS:
-        notes.append(f"took the averaged weights in {source}: the file has no others")
-    if "ema_state_dict" in content:
-        notes.append("took the weights in state_dict, where mmengine saves the averaged ones")
-    weights = {k: v for k, v in chosen.items() if isinstance(k, str) and isinstance(v, (Tensor, np.ndarray))}
-    ignored = [str(key) for key in chosen if key not in weights]
-    if weights and ignored:
-        notes.append(f"ignored what is not a tensor: {some(ignored)}")
-    return {k: v.detach() if isinstance(v, Tensor) else v for k, v in weights.items()}, source, notes
+        torch.save({"state_dict": tensors, **({} if grid is None else {GRID_KEY: grid})}, file)

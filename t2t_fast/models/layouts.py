@@ -29,8 +29,12 @@ from torch import Tensor
 
 LAYOUTS: tuple[str, ...] = ("official", "mmpretrain", "paddlevit")
 
-# What training wrappers put in front of every name; `_orig_mod.` may also stand inside (compiled submodules).
+# What wrappers put in front of every name, and what those of single modules (compiled, sharded, ...) put inside.
 _WRAPPERS = ("module.", "model.", "backbone.")
+_INNER_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
+
+_ANCHOR = "cls_token"
+_TOKEN_MODULES = ("tokens_to_token.", "patch_embed.")
 
 _READ: dict[str, tuple[tuple[re.Pattern[str], str], ...]] = {
     "official": (),
@@ -114,13 +118,17 @@ def detect_layout(names: Iterable[str]) -> str:
 def official_name(name: str, layout: str) -> str:
     """The official name of the parameter that ``layout`` calls ``name``.
 
-    Wrapper prefixes (``module.``, ``_orig_mod.``, ``model.``, ``backbone.``) are removed. Unknown names pass unchanged.
+    Wrapper prefixes (``module.``, ``_orig_mod.``, ``model.``, ``backbone.``, ...) are removed. Unknown names pass
+    unchanged.
 
     Raises:
         LayoutError: ``layout`` is not one of :data:`LAYOUTS`.
     """
     _check_layout(layout)
-    name = _strip(name)
+    return _translate(_strip(name), layout)
+
+
+def _translate(name: str, layout: str) -> str:
     for pattern, replacement in _READ[layout]:
         name = pattern.sub(replacement, name)
     return name
@@ -157,9 +165,11 @@ def to_official(state_dict: Mapping[str, Tensor | np.ndarray]) -> tuple[dict[str
         LayoutError: Two entries have the same official name.
     """
     layout = detect_layout(state_dict)
+    # A bare state dict has no prefix: a module of its own called `backbone` or `model` keeps that name.
+    is_bare = "" in find_prefixes(state_dict)
     official: dict[str, Tensor] = {}
     for name, value in state_dict.items():
-        new_name = official_name(name, layout)
+        new_name = _translate(unwrapped(name) if is_bare else _strip(name), layout)
         if new_name in official:
             raise LayoutError(f"state_dict holds {new_name!r} twice: {name!r} and another entry both mean it")
         official[new_name] = _relayout(new_name, _as_tensor(name, value), layout)
@@ -183,8 +193,38 @@ def from_official(state_dict: Mapping[str, Tensor], layout: str) -> dict[str, Te
     return {foreign_name(name, layout): _relayout(name, value, layout) for name, value in state_dict.items()}
 
 
+def unwrapped(name: str) -> str:
+    """``name`` without what wrappers of single modules put inside: ``blocks.0`` of ``blocks.0._orig_mod``."""
+    for wrapper in _INNER_WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+def find_prefixes(names: Iterable[str]) -> list[str]:
+    """Every prefix under which a T2T-ViT's names stand, in any layout; ``""`` for a bare state dict."""
+    bare = [unwrapped(name) for name in names]
+    prefixes = [name.removesuffix(_ANCHOR) for name in bare if name == _ANCHOR or name.endswith("." + _ANCHOR)]
+    return [p for p in prefixes if any(name.startswith(tuple(p + m for m in _TOKEN_MODULES)) for name in bare)]
+
+
+def names_under(prefix: str, names: Iterable[str]) -> dict[str, str]:
+    """The names that stand under a prefix, each with what is left of it behind the prefix.
+
+    mmpretrain's head stands beside its ``backbone.``, and belongs to it.
+    """
+    beside = prefix.removesuffix("backbone.") if prefix.endswith("backbone.") else prefix
+    found = {}
+    for name in names:
+        bare = unwrapped(name)
+        if bare.startswith(prefix):
+            found[name] = bare.removeprefix(prefix)
+        elif bare.startswith(f"{beside}head."):
+            found[name] = bare.removeprefix(beside)
+    return found
+
+
 def _strip(name: str) -> str:
-    name = name.replace("_orig_mod.", "")
+    name = unwrapped(name)
     while name.startswith(_WRAPPERS):
         name = name.partition(".")[2]
     return name

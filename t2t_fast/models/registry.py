@@ -19,7 +19,7 @@ from torch import nn
 
 from .adapt import LoudNote
 from .architecture import infer_architecture, lookalikes
-from .checkpoints import load_checkpoint, log_notes, read_checkpoint
+from .checkpoints import Checkpoint, load_into, log_notes, read_checkpoint
 from .layouts import CheckpointError
 from .t2t_vit import T2TViT, adapt_for_loading
 from .t2t_vit_dense import T2TViTDense
@@ -150,27 +150,41 @@ def create_model(
             known = ", ".join(f"{base}.{known}" for known in default_cfgs[base].cfgs if known)
             raise ValueError(f"name={name!r} has an unknown weight tag; accepted: {base}{known and ', '}{known}")
         name = f"{base}.{tag}" if tag else base
+    found = None
     if checkpoint is not None:
-        name, kwargs = _read_architecture(name, checkpoint, use_ema, kwargs)
+        found = read_checkpoint(checkpoint, use_ema)
+        name, kwargs = _complete(name, found, kwargs)
     assert name is not None
-    model = timm.create_model(name, pretrained=pretrained, **kwargs)
-    if checkpoint is not None:
-        load_checkpoint(checkpoint, model, use_ema=use_ema)
-    return model
+    if found is None:
+        return timm.create_model(name, pretrained=pretrained, **kwargs)
+    features_only = kwargs.pop("features_only", False)
+    whole = {key: value for key, value in kwargs.items() if key not in ("out_indices", "feature_cls")}
+    model = timm.create_model(name, **(whole if features_only else kwargs))
+    load_into(model, found)
+    return _cut_to_features(model, name, kwargs) if features_only else model
 
 
-def _read_architecture(
-    name: str | None, checkpoint: str | os.PathLike[str], use_ema: bool, kwargs: dict[str, Any]
-) -> tuple[str, dict[str, Any]]:
-    """Name and keyword arguments, completed from the weights."""
-    state_dict = read_checkpoint(checkpoint, use_ema).state_dict
+def _cut_to_features(model: nn.Module, name: str, kwargs: dict[str, Any]) -> nn.Module:
+    """What ``features_only=True`` makes, with the weights of the whole model."""
+    features = timm.create_model(name, features_only=True, **kwargs)
+    weights = model.state_dict()
+    own = features.state_dict()
+    features.load_state_dict({key: weights[key.removeprefix("model.")] for key in own})
+    return features
+
+
+def _complete(name: str | None, checkpoint: Checkpoint, kwargs: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Name and keyword arguments, completed from a folder's ``config.json`` and from the weights."""
     try:
-        inferred_name, inferred = infer_architecture(state_dict)
-    except CheckpointError:
+        inferred_name, inferred = infer_architecture(checkpoint.state_dict, checkpoint.grid_size)
+    except CheckpointError as error:
         if name is None:
-            raise
+            raise CheckpointError(f"{checkpoint.path}: {error}") from error
         return name, kwargs  # a custom width or depth: the call describes it
-    if name is None and (others := lookalikes(inferred_name)):
+    others = lookalikes(inferred_name)
+    if checkpoint.config.get("architecture") in others:
+        inferred_name, others = str(checkpoint.config["architecture"]), ()
+    if name is None and others and "architecture" not in checkpoint.config:
         same = f"taken for {inferred_name}, but {', '.join(others)} has weights of the very same names and shapes"
-        log_notes([LoudNote(f"{same}: pass the name if it is one")], checkpoint)
+        log_notes([LoudNote(f"{same}: pass the name if it is one")], checkpoint.path)
     return name or inferred_name, {**inferred, **kwargs}

@@ -18,9 +18,12 @@ from ..dispatch import check_backend, resolve_backend, use_backend
 from ..layers import Block, TokensToToken
 from ..numerics import compute_dtype
 from .adapt import adapt_state_dict
+from .architecture import check_entries
 from .checkpoints import load_checkpoint, log_notes
+from .containers import find_weights
 from .layouts import to_official
 from .pos_embed import TableCache, resize_table, sinusoid_table, table_for_grid
+from .weight_files import GRID_KEY
 
 try:
     from timm.models._input import update_model_input_size
@@ -155,7 +158,7 @@ class T2TViT(nn.Module):
             for i, num_chs in enumerate(self._block_widths())
         ]
         self.init_weights(needs_reset=False)
-        self.register_load_state_dict_pre_hook(_adapt_before_loading)
+        self.register_state_dict_post_hook(_record_grid)
 
     _make_block: Callable[..., nn.Module] = Block
 
@@ -282,7 +285,8 @@ class T2TViT(nn.Module):
 
     def load_pretrained(self, checkpoint_path: str, prefix: str = "") -> None:
         """Load a checkpoint file of any known layout; timm calls this for ``pretrained=True`` and ``.npz`` files."""
-        load_checkpoint(checkpoint_path, self)
+        released = not str(checkpoint_path).endswith(".npz")
+        load_checkpoint(checkpoint_path, self, grid_size=_pretrained_grid(self) if released else None)
 
     def _embed(self, x: Tensor) -> Tensor:
         tokens = self.tokens_to_token(x)
@@ -436,18 +440,25 @@ def _run_with_backend(backend: str, block: nn.Module, x: Tensor) -> Tensor:
         return block(x)
 
 
-def _adapt_before_loading(module: nn.Module, state_dict: dict[str, Any], prefix: str, *unused: Any) -> None:
-    """Translate a foreign layout, and fit head and position table, before ``load_state_dict`` compares shapes."""
-    own = {name[len(prefix) :]: value for name, value in state_dict.items() if name.startswith(prefix)}
-    adapted = adapt_for_loading(own, module)
-    for name in own:
-        del state_dict[prefix + name]
-    state_dict.update({prefix + name: value for name, value in adapted.items()})
+def _record_grid(module: nn.Module, state_dict: Any, prefix: str, local_metadata: dict[str, Any]) -> None:
+    """Let ``state_dict()`` carry the grid of its position table; torch.save and copies keep a state dict's metadata."""
+    local_metadata[GRID_KEY] = module.grid_size
+
+
+def _pretrained_grid(model: Any) -> tuple[int, int] | None:
+    """The grid of the weights that the model's pretrained configuration stands for."""
+    size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
+    return (size[1] // 16, size[2] // 16) if size else None
 
 
 def adapt_for_loading(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """``state_dict`` in official names, fitted to ``model``; what is missing is left for the caller to report."""
-    official, _ = to_official(state_dict)
-    adapted, notes = adapt_state_dict(official, model)
-    log_notes(notes, type(model).__name__)
+    """timm's filter for pretrained weights: official names, fitted to ``model``.
+
+    What is missing is left for the caller to report.
+    """
+    found = find_weights(state_dict, use_ema=True)
+    official, _ = to_official({bare: found.tensors[name] for name, bare in found.names.items()})
+    check_entries(official)
+    adapted, notes = adapt_state_dict(official, model, found.grid or _pretrained_grid(model))
+    log_notes((*found.notes, *notes), type(model).__name__)
     return {name: value for name, value in adapted.items() if name in official}

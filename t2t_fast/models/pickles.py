@@ -1,0 +1,121 @@
+"""Pickled checkpoints read as data: tensors and plain containers become real, every other object a stand-in.
+
+``torch.load(weights_only=True)`` does the reading, so nothing in a file is executed. It refuses files that hold
+anything but tensors and plain containers. Trainers save more: metrics, paths, configurations, random states. Here each
+class or function that such a file names is replaced by a class of our own that takes any arguments and does nothing.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import sys
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class PickledCode(Exception):
+    """A pickle names code of Python's standard library, such as ``os.system``; ``args`` are the names."""
+
+
+class StandIn:
+    """Replaces an object of a class that is not loaded: takes any arguments and any state, and does nothing."""
+
+    def __new__(cls, *args: object, **kwargs: object) -> Any:
+        return object.__new__(cls)
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+class _DictStandIn:
+    """Replaces a subclass of dict, whose entries may be the weights: makes an OrderedDict."""
+
+    def __new__(cls, *args: object) -> Any:
+        return OrderedDict()
+
+
+class _ListStandIn:
+    """Replaces a subclass of list, or a deque: makes a list."""
+
+    def __new__(cls, *args: object) -> Any:
+        return []
+
+
+_DICTS = ("collections.defaultdict",)
+_LISTS = ("collections.deque",)
+# Names of the standard library that are data, or that pickles call to make data. Any other one is refused: a
+# checkpoint has no use for it, and whoever wrote it into one meant it to be executed.
+_DATA = re.compile(
+    r"collections\.\w+|argparse\.Namespace|types\.SimpleNamespace|pathlib\.[\w.]+|datetime\.\w+|zoneinfo\.[\w.]+"
+    r"|decimal\.\w+|fractions\.Fraction|uuid\.\w+|enum\.\w+|random\.Random|array\.\w+|functools\.partial|re\._compile"
+    r"|typing\.\w+|logging\.\w+|inspect\._empty|_codecs\.encode|copy_?reg\._reconstructor|copy_?reg\.__newobj__"
+    r"|builtins\.(getattr|object|type|set|frozenset|slice|range|complex|bytes|bytearray|dict|list|tuple|int|float|str"
+    r"|bool|Ellipsis|ellipsis|NotImplemented|NoneType)"
+)
+_MAX_NAMES = 1000
+
+
+def load_pickle(path: Path) -> Any:
+    """Read a file by ``torch.save``, in its zip format or the one before, onto the CPU.
+
+    Raises:
+        PickledCode: The file names code of the standard library.
+        Exception: Whatever ``torch.load`` raises on a damaged file.
+    """
+    stand_ins: dict[str, type] = {}
+    _add(stand_ins, _unknown_names(path))
+    while True:
+        known: list[Any] = [(kind, name) for name, kind in stand_ins.items()]
+        try:
+            # Opened here: by its name, torch would take a file for what its suffix says.
+            with torch.serialization.safe_globals(known), open(path, "rb") as file:
+                return torch.load(file, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            # Each round learns one more name, or how one of them is filled, so the rounds end.
+            if len(stand_ins) > _MAX_NAMES or not _learn(stand_ins, str(error)):
+                raise
+
+
+def _unknown_names(path: Path) -> list[str]:
+    try:
+        with open(path, "rb") as file:
+            return torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    except Exception:  # files of torch before 1.6 are no archives: their names come one by one
+        return []
+
+
+def _learn(stand_ins: dict[str, type], message: str) -> bool:
+    """Add the stand-in whose absence ``message`` complains of; returns whether there was one to add."""
+    for pattern, base in ((r"Can only SETITEMS? for dict", _DictStandIn), (r"Can only append to lists", _ListStandIn)):
+        found = re.search(pattern + r".*got <class 'stand_in\.([^']+)'>", message, re.DOTALL)
+        if found and not issubclass(stand_ins[found[1]], base):
+            stand_ins[found[1]] = _stand_in(found[1], base)
+            return True
+    unknown = re.search(r"GLOBAL (\S+)", message)
+    if not unknown or unknown[1] in stand_ins:
+        return False
+    _add(stand_ins, [unknown[1]])
+    return True
+
+
+def _add(stand_ins: dict[str, type], names: list[str]) -> None:
+    names = [name if "." in name else f"builtins.{name}" for name in names]  # torch leaves that module's name out
+    refused = [name for name in names if name.partition(".")[0] in sys.stdlib_module_names]
+    refused = [name for name in refused if not _DATA.fullmatch(name)]
+    if refused:
+        raise PickledCode(*refused)
+    for name in names:
+        base = _DictStandIn if name in _DICTS else _ListStandIn if name in _LISTS else StandIn
+        stand_ins.setdefault(name, _stand_in(name, base))
+
+
+def _stand_in(name: str, base: type) -> type:
+    """A class of its own for each name, so that messages can tell what was replaced."""
+    return type(name, (base,), {"__module__": "stand_in"})
