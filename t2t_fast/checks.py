@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+import math
+import numbers
+import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.types import Device
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+LARGEST = 2**31 - 1  # of counts and sizes
+
+
+def factory_options(device: Device, dtype: torch.dtype | None) -> dict[str, Any]:
+    """Those of torch's factory arguments that are given, so that modules without them can be made, too.
+
+    Raises:
+        TypeError: ``dtype`` is no floating-point dtype.
+    """
+    if dtype is not None and dtype not in FLOAT_DTYPES:
+        raise TypeError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype!r}")
+    options = {"device": device, "dtype": dtype}
+    return {name: option for name, option in options.items() if option is not None}
 
 
 def check_tensor(name: str, value: object, ndim: int | tuple[int, ...]) -> None:
@@ -30,26 +48,71 @@ def check_shape(name: str, value: Tensor, shape: Sequence[int | torch.SymInt], m
         raise ValueError(f"{name} must have shape {meaning} = {tuple(shape)}, got {tuple(value.shape)}")
 
 
-def as_pair(name: str, value: int | Sequence[int], minimum: int) -> tuple[int, int]:
-    """An int or a pair of ints as a pair, each at least ``minimum``."""
-    pair = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, Sequence) else ()
-    is_pair = len(pair) == 2 and all(isinstance(v, (int, torch.SymInt)) and not isinstance(v, bool) for v in pair)
-    if not is_pair or isinstance(value, bool):
+def as_pair(name: str, value: object, minimum: int) -> tuple[int, int]:
+    """An integer or a pair of integers as a pair, each at least ``minimum``; see :func:`as_integer`."""
+    items = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value, value)
+    pair = [as_integer(item) for item in items]
+    if len(pair) != 2 or pair[0] is None or pair[1] is None:
         raise TypeError(f"{name} must be an int or a pair of ints, got {value!r}")
-    if min(pair) < minimum:
+    if min(pair[0], pair[1]) < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value!r}")
+    if any(type(item) is int and item > LARGEST for item in pair):
+        raise ValueError(f"{name} must be at most {LARGEST}, got {value!r}")
     return pair[0], pair[1]
 
 
-def check_count(name: str, value: object, minimum: int) -> None:
-    """Raise unless ``value`` is an int of at least ``minimum``."""
-    if not isinstance(value, int) or isinstance(value, bool):
+def check_count(name: str, value: object, minimum: int) -> int:
+    """``value`` as a plain int; raise unless it is an integer of at least ``minimum``. See :func:`as_integer`."""
+    count = as_integer(value)
+    if count is None:
         raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    if count < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {count}")
+    if count > LARGEST:
+        raise ValueError(f"{name} must be at most {LARGEST}, got {count}")
+    return count
 
 
-def check_probability(name: str, value: float) -> None:
-    """Raise unless ``value`` is a dropout rate."""
-    if not 0.0 <= value < 1.0:
+def as_integer(value: object) -> int | None:
+    """Anything with ``__index__`` (NumPy's integers, too) as a plain int, but for truth values: those give None.
+
+    Sizes of a compiler's graph (``torch.SymInt``) stay what they are.
+    """
+    if type(value) is int or isinstance(value, torch.SymInt):
+        return value  # type: ignore[return-value]
+    if isinstance(value, Tensor) and torch.jit.is_tracing():
+        return value  # type: ignore[return-value]
+    if isinstance(value, bool) or getattr(value, "dtype", None) is torch.bool:
+        return None
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
+def check_real(name: str, value: object) -> float:
+    """``value`` as a float; raise unless it is a finite real number (NumPy's are taken, truth values are not)."""
+    number = _as_real(name, value)
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be finite, got {value!r}")
+    return number
+
+
+def check_probability(name: str, value: object) -> float:
+    """``value`` as a float; raise unless it is a dropout rate."""
+    rate = _as_real(name, value)
+    if not 0.0 <= rate < 1.0:
         raise ValueError(f"{name} must be in [0, 1), got {value}")
+    return rate
+
+
+def _as_real(name: str, value: object) -> float:
+    if not isinstance(value, (int, float, numbers.Real)) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    return float(value)
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise unless ``value`` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")

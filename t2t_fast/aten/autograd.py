@@ -27,6 +27,11 @@ def may_overwrite(*factors: Tensor) -> bool:
     return not any(t.requires_grad for t in factors) and (torch.compiler.is_compiling() or not is_transformed())
 
 
+def add_to(fresh: Tensor, other: Tensor) -> Tensor:
+    """``fresh + other``, in the memory of ``fresh``, of which autograd needs nothing; but not where others watch."""
+    return fresh.add_(other) if may_overwrite() else fresh + other
+
+
 def is_transformed() -> bool:
     """Whether a tracer, torch.func or forward-mode differentiation watches: they need plain operations."""
     return torch.jit.is_tracing() or torch._C._are_functorch_transforms_active() or forward_mode()

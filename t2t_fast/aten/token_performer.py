@@ -15,8 +15,8 @@ from torch import Tensor
 from ..numerics import compute_dtype, product_dtype
 from ..reference import token_performer as reference
 from . import performer_attention
-from .autograd import backward_by_hand, differentiable_backward, wants_hand_written_backward
-from .layer_norm_linear import affine_for
+from .autograd import add_to, backward_by_hand, differentiable_backward, wants_hand_written_backward
+from .layer_norm_linear import affine_for, channels
 from .performer_attention import attend_backward, attention_weights
 
 
@@ -77,13 +77,13 @@ def _token_performer(
     """
     k, q, v = kqv.chunk(3, dim=-1)
     phi_k, weights = attention_weights(k, q, w, eps)
-    y = (weights @ (phi_k.transpose(1, 2) @ v @ proj_weight.t())).add_(proj_bias)
-    y = (y if proj_mask is None else y.mul_(proj_mask)).add_(v)
+    y = add_to(weights @ (phi_k.transpose(1, 2) @ v @ proj_weight.t()), proj_bias)
+    y = add_to(y if proj_mask is None else y * proj_mask, v)
     affine = affine_for(y, norm_weight, norm_bias)
-    normed, mean, rstd = torch.native_layer_norm(y, (y.shape[-1],), *affine, norm_eps)
+    normed, mean, rstd = torch.native_layer_norm(y, channels(y), *affine, norm_eps)
     hidden = F.linear(normed, fc1_weight, fc1_bias)
     out = F.linear(F.gelu(hidden), fc2_weight, fc2_bias)
-    out = (out if mlp_mask is None else out.mul_(mlp_mask)).add_(y)
+    out = add_to(out if mlp_mask is None else out * mlp_mask, y)
     return out, phi_k, weights, y, mean, rstd, hidden
 
 

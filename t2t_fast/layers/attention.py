@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.types import Device
 
+from ..checks import as_integer, check_real, factory_options
 from ..ops import attention
 from .mlp import apply_linear, are_plain
 from .packed_linear import PackedLinear
@@ -25,9 +27,12 @@ class Attention(nn.Module):
         proj_drop: Dropout after the projection.
         se: Put a squeeze-and-excitation gate after the projection.
         backend: Passed to the ops.
+        device: Where the parameters are made.
+        dtype: Their floating-point type; None for torch's default.
 
     Raises:
-        ValueError: ``num_heads`` does not divide ``dim``.
+        TypeError: ``num_heads`` is no integer, or ``qk_scale`` no number.
+        ValueError: ``num_heads`` does not divide ``dim``, or ``qk_scale`` is not finite.
     """
 
     def __init__(
@@ -40,15 +45,18 @@ class Attention(nn.Module):
         proj_drop: float = 0.0,
         se: bool = False,
         backend: str = "auto",
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.num_heads, self.head_dim = num_heads, head_dim(dim, num_heads)
-        self.scale = self.head_dim**-0.5 if qk_scale is None else qk_scale
+        options = factory_options(device, dtype)
+        self.num_heads, self.head_dim = split_width(dim, num_heads)
+        self.scale = self.head_dim**-0.5 if qk_scale is None else check_real("qk_scale", qk_scale)
         self.backend = backend
-        self.qkv: nn.Module = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.qkv: nn.Module = nn.Linear(dim, 3 * dim, bias=qkv_bias, **options)
         self.attn_drop = nn.Dropout(attn_drop)
-        self.proj = nn.Linear(dim, dim)
-        self.se_layer = SELayer(dim, backend=backend) if se else nn.Identity()
+        self.proj = nn.Linear(dim, dim, **options)
+        self.se_layer = SELayer(dim, backend=backend, **options) if se else nn.Identity()
         self.proj_drop = nn.Dropout(proj_drop)
 
     @property
@@ -88,12 +96,16 @@ class Attention(nn.Module):
         return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
 
 
-def head_dim(dim: int, num_heads: int) -> int:
-    """Channels per head.
+def split_width(dim: int, num_heads: int) -> tuple[int, int]:
+    """``num_heads`` as a plain int, and the channels per head.
 
     Raises:
+        TypeError: ``num_heads`` is no integer.
         ValueError: ``num_heads`` does not divide ``dim``.
     """
-    if num_heads < 1 or dim % num_heads:
-        raise ValueError(f"num_heads={num_heads} must divide the embedding width {dim}")
-    return dim // num_heads
+    heads = as_integer(num_heads)
+    if heads is None:
+        raise TypeError(f"num_heads must be an int, got {num_heads!r}")
+    if heads < 1 or dim % heads:
+        raise ValueError(f"num_heads={heads} must divide the embedding width {dim}")
+    return heads, dim // heads

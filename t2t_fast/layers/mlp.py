@@ -7,8 +7,10 @@ from typing import Any
 import timm.layers
 import torch
 from torch import Tensor, nn
+from torch.types import Device
 
 from ..aten.layer_norm_linear import layer_norm
+from ..checks import factory_options
 from ..ops import layer_norm_linear, linear, mlp
 from .packed_linear import PackedLinear
 
@@ -25,10 +27,20 @@ class Mlp(timm.layers.Mlp):
         hidden_dim: Channels in between.
         drop: Dropout after each product.
         backend: Passed to the op.
+        device: Where the parameters are made.
+        dtype: Their floating-point type; None for torch's default.
     """
 
-    def __init__(self, dim: int, hidden_dim: int, drop: float = 0.0, backend: str = "auto") -> None:
-        super().__init__(dim, hidden_dim, drop=drop)
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        drop: float = 0.0,
+        backend: str = "auto",
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(dim, hidden_dim, drop=drop, **factory_options(device, dtype))
         self.backend = backend
 
     @property

@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.types import Device
 
+from ..checks import factory_options
 from ..ops import se_gate, se_mlp
 from ..reference.se_gate import add_branch
 from .mlp import are_plain, is_watched
@@ -22,17 +24,32 @@ class SELayer(nn.Module):
         dim: Channels C.
         reduction: C over the width of the bottleneck.
         backend: Passed to the op.
+        device: Where the parameters are made.
+        dtype: Their floating-point type; None for torch's default.
+
+    Raises:
+        ValueError: ``dim`` is below ``reduction``.
     """
 
     fc: Any  # a Sequential, whose entries a type checker knows only as Module
 
-    def __init__(self, dim: int, reduction: int = 16, backend: str = "auto") -> None:
+    def __init__(
+        self,
+        dim: int,
+        reduction: int = 16,
+        backend: str = "auto",
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
+        if dim < reduction:
+            raise ValueError(f"a squeeze-and-excitation gate needs a width of at least {reduction}, got {dim}")
+        options = factory_options(device, dtype)
         self.backend = backend
         self.fc = nn.Sequential(
-            nn.Linear(dim, dim // reduction, bias=False),
+            nn.Linear(dim, dim // reduction, bias=False, **options),
             nn.ReLU(inplace=True),
-            nn.Linear(dim // reduction, dim, bias=False),
+            nn.Linear(dim // reduction, dim, bias=False, **options),
             nn.Sigmoid(),
         )
 
@@ -61,18 +78,28 @@ class SEMlp(nn.Module):
         drop: Dropout after each product.
         reduction: ``dim`` over the width of the gate's bottleneck.
         backend: Passed to the ops.
+        device: Where the parameters are made.
+        dtype: Their floating-point type; None for torch's default.
     """
 
     def __init__(
-        self, dim: int, hidden_dim: int, drop: float = 0.0, reduction: int = 16, backend: str = "auto"
+        self,
+        dim: int,
+        hidden_dim: int,
+        drop: float = 0.0,
+        reduction: int = 16,
+        backend: str = "auto",
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        options = factory_options(device, dtype)
         self.backend = backend
-        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc1 = nn.Linear(dim, hidden_dim, **options)
         self.act = nn.GELU()
-        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.fc2 = nn.Linear(hidden_dim, dim, **options)
         self.drop = nn.Dropout(drop)
-        self.se_layer = SELayer(dim, reduction, backend)
+        self.se_layer = SELayer(dim, reduction, backend, **options)
 
     adds_residual = True  # see add_branch
 

@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.types import Device
 
+from ..checks import factory_options
 from ..ops import attention
 from .branch import add_branch
 from .mlp import Mlp, apply_linear
@@ -28,6 +30,8 @@ class TokenTransformer(nn.Module):
         stride: Step between patches.
         padding: Zeros on each side.
         backend: Passed to the ops.
+        device: Where the parameters are made.
+        dtype: Their floating-point type; None for torch's default.
     """
 
     attn: Any  # a ModuleDict, whose entries a type checker knows only as Module
@@ -41,18 +45,24 @@ class TokenTransformer(nn.Module):
         stride: int,
         padding: int,
         backend: str = "auto",
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        options = factory_options(device, dtype)
         self.window = (kernel_size, stride, padding)
         self.backend = backend
         dim = in_chans * kernel_size**2
         self.scale = dim**-0.5
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm1 = nn.LayerNorm(dim, **options)
         self.attn = nn.ModuleDict(
-            {"qkv": nn.Linear(dim, 3 * token_dim, bias=False), "proj": nn.Linear(token_dim, token_dim)}
+            {
+                "qkv": nn.Linear(dim, 3 * token_dim, bias=False, **options),
+                "proj": nn.Linear(token_dim, token_dim, **options),
+            }
         )
-        self.norm2 = nn.LayerNorm(token_dim)
-        self.mlp = Mlp(token_dim, token_dim, backend=backend)
+        self.norm2 = nn.LayerNorm(token_dim, **options)
+        self.mlp = Mlp(token_dim, token_dim, backend=backend, **options)
 
     def forward(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Image (B, C, H, W), or tokens (B, H*W, C) with ``grid=(H, W)``, to tokens (B, L, token_dim)."""

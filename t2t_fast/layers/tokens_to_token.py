@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.types import Device
 
-from ..checks import check_tensor
+from ..checks import check_tensor, factory_options
 from ..dispatch import resolve_backend
 from ..ops.soft_split import output_grid
 from .split import split_linear
@@ -35,9 +38,11 @@ class TokensToToken(nn.Module):
             splits and layers: the paper's comparison).
         drop_rate: Dropout inside Performer token layers.
         backend: Passed to the ops.
+        device: Where the parameters are made.
+        dtype: Their floating-point type; None for torch's default.
 
     Raises:
-        ValueError: Unknown ``tokens_type``.
+        ValueError: Unknown ``tokens_type``, or a ``token_dim`` without random features.
     """
 
     attention1: TokenPerformer | TokenTransformer
@@ -52,29 +57,32 @@ class TokensToToken(nn.Module):
         tokens_type: str = "performer",
         drop_rate: float = 0.1,
         backend: str = "auto",
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        options = factory_options(device, dtype)
         if tokens_type not in TOKENS_TYPES:
             raise ValueError(f"tokens_type={tokens_type!r} is unknown; accepted: {', '.join(TOKENS_TYPES)}")
         self.in_chans, self.token_dim, self.tokens_type, self.backend = in_chans, token_dim, tokens_type, backend
         if tokens_type == "convolution":
-            self.soft_split0 = nn.Conv2d(in_chans, token_dim, *_FIRST)
-            self.soft_split1 = nn.Conv2d(token_dim, token_dim, *_LATER)
-            self.project = nn.Conv2d(token_dim, embed_dim, *_LATER)
+            self.soft_split0 = nn.Conv2d(in_chans, token_dim, *_FIRST, **options)
+            self.soft_split1 = nn.Conv2d(token_dim, token_dim, *_LATER, **options)
+            self.project = nn.Conv2d(token_dim, embed_dim, *_LATER, **options)
             return
         if tokens_type == "performer":
-            self.attention1 = TokenPerformer(in_chans, token_dim, *_FIRST, drop_rate=drop_rate, backend=backend)
-            self.attention2 = TokenPerformer(token_dim, token_dim, *_LATER, drop_rate=drop_rate, backend=backend)
+            layer: dict[str, Any] = {"drop_rate": drop_rate, "backend": backend, **options}
+            self.attention1 = TokenPerformer(in_chans, token_dim, *_FIRST, **layer)
+            self.attention2 = TokenPerformer(token_dim, token_dim, *_LATER, **layer)
         else:
-            self.attention1 = TokenTransformer(in_chans, token_dim, *_FIRST, backend=backend)
-            self.attention2 = TokenTransformer(token_dim, token_dim, *_LATER, backend=backend)
-        self.project = nn.Linear(token_dim * _LATER[0] ** 2, embed_dim)
+            layer = {"backend": backend, **options}
+            self.attention1 = TokenTransformer(in_chans, token_dim, *_FIRST, **layer)
+            self.attention2 = TokenTransformer(token_dim, token_dim, *_LATER, **layer)
+        self.project = nn.Linear(token_dim * _LATER[0] ** 2, embed_dim, **options)
 
     @staticmethod
     def grids(height: int, width: int) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
         """The token grids (h, w) after the first, second and third soft split of an image of that size."""
-        if torch.jit.is_tracing():  # where sizes are tensors
-            height, width = int(height), int(width)
         first = output_grid((height, width), *_FIRST)
         second = output_grid(first, *_LATER)
         return first, second, output_grid(second, *_LATER)
