@@ -32,9 +32,8 @@ def resize_table(table: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, 
     Without antialiasing, as the original does for fine-tuning at another image size. Nothing depends on the value of a
     size that a graph leaves open; bicubic interpolation to the same grid gives every row back.
     """
-    if all(
-        not isinstance(n, Tensor) and statically_known_true(o == n) for o, n in zip(old_grid, new_grid, strict=True)
-    ):
+    sizes = zip(old_grid, new_grid, strict=True)
+    if not torch.jit.is_tracing() and all(statically_known_true(old == new) for old, new in sizes):
         return table
     dtype = compute_dtype(table)  # 16-bit forms are not on every device
     rows = table[:, 1:].to(dtype).unflatten(1, old_grid).permute(0, 3, 1, 2)
