@@ -76,11 +76,9 @@ def check_count(name: str, value: object, minimum: int) -> int:
 def as_integer(value: object) -> int | None:
     """Anything with ``__index__`` (NumPy's integers, too) as a plain int, but for truth values: those give None.
 
-    Sizes of a compiler's graph (``torch.SymInt``) stay what they are.
+    Sizes that a graph leaves open stay what they are: ``torch.SymInt``, and tensors while ``torch.jit.trace`` runs.
     """
-    if type(value) is int or isinstance(value, torch.SymInt):
-        return value  # type: ignore[return-value]
-    if isinstance(value, Tensor) and torch.jit.is_tracing():
+    if type(value) is int or isinstance(value, torch.SymInt) or (torch.jit.is_tracing() and isinstance(value, Tensor)):
         return value  # type: ignore[return-value]
     if isinstance(value, bool) or getattr(value, "dtype", None) is torch.bool:
         return None

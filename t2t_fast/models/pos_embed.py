@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -34,17 +32,13 @@ def resize_table(table: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, 
     Without antialiasing, as the original does for fine-tuning at another image size. Nothing depends on the value of a
     size that a graph leaves open; bicubic interpolation to the same grid gives every row back.
     """
-    if all(map(_is_known_to_equal, old_grid, new_grid)):
+    sizes = zip(old_grid, new_grid, strict=True)
+    if not torch.jit.is_tracing() and all(statically_known_true(old == new) for old, new in sizes):
         return table
     dtype = compute_dtype(table)  # 16-bit forms are not on every device
     rows = table[:, 1:].to(dtype).unflatten(1, old_grid).permute(0, 3, 1, 2)
     rows = F.interpolate(rows, size=new_grid, mode="bicubic", align_corners=False)
     return torch.cat((table[:, :1], rows.flatten(2).transpose(1, 2).to(table.dtype)), dim=1)
-
-
-def _is_known_to_equal(size: int, other: Any) -> bool:
-    """Whether two sizes are equal in every run of a graph; a tracer's, which are tensors, are not known."""
-    return not isinstance(other, Tensor) and statically_known_true(size == other)
 
 
 def table_for_grid(
