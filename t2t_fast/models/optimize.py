@@ -183,7 +183,9 @@ def _copy_settings(ours: T2TViT, modules: dict[str, nn.Module]) -> None:
 
 def _copy_scales(ours: T2TViT, modules: dict[str, nn.Module]) -> None:
     holders = [(f"{name}.attn", block.attn) for name, block in _blocks(ours)]
-    token_layers: list[tuple[str, Any]] = [(f"{n}.attn", ours.get_submodule(n)) for n in _token_transformers(ours)]
+    token_layers: list[tuple[str, Any]] = [
+        (f"{name}.attn", ours.get_submodule(f"{name}.attn")) for name in _token_transformers(ours)
+    ]
     for name, holder in [*holders, *token_layers]:
         scale = getattr(modules[name], "scale", None)
         if scale is not None:
