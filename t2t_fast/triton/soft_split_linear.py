@@ -250,12 +250,10 @@ def _differentiate(ctx: Any, grad: Tensor, *unused: Tensor | None) -> tuple[Tens
     return d_image, d_weight, d_offset, *(None,) * 7
 
 
-def _definition(
-    image: Tensor, weight: Tensor, offset: Tensor | None, geometry: Any, norm: bool, eps: float
-) -> Tensor:
+def _definition(image: Tensor, weight: Tensor, offset: Tensor | None, geometry: Any, norm: bool, eps: float) -> Tensor:
     """The operator by library operations in float32 or better."""
     dtype = compute_dtype(image, weight)
-    tokens = soft_split.forward(image.to(dtype), *geometry, None)
+    tokens = soft_split.forward(image.to(dtype), geometry[0], geometry[1], geometry[2], None)
     tokens = F.layer_norm(tokens, tokens.shape[-1:], eps=eps) if norm else tokens
     return F.linear(tokens, weight.to(dtype), None if offset is None else offset.to(dtype))
 

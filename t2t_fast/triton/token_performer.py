@@ -285,7 +285,8 @@ def _definition(
     """The operator by library operations in float32 or better, given its masks."""
     tensors = (kqv, w, proj_weight, proj_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     same: list[Any] = [t.to(compute_dtype(kqv)) for t in tensors]
-    return forward_with_masks(*same[:4], None, None, *same[4:], *rest)[0]
+    arguments = [*same[:4], None, None, *same[4:], *rest]
+    return forward_with_masks(*arguments)[0]
 
 
 @torch.no_grad()
