@@ -37,8 +37,9 @@ def check_same_dtype(name: str, value: Tensor, *others: tuple[str, Tensor | None
 
     Under autocast the ops cast, to and from anything but float64.
     """
+    dtype = value.dtype
     for other_name, other in others:
-        if other is None or other.dtype == value.dtype:
+        if other is None or other.dtype == dtype:
             continue
         if not is_autocast(value) or torch.float64 in (value.dtype, other.dtype):
             raise TypeError(

@@ -46,7 +46,7 @@ class Mlp(timm.layers.Mlp):
 
     def forward(self, x: Tensor, residual: Tensor | None = None, branch_scale: Tensor | None = None) -> Tensor:
         """(B, N, C) to (B, N, C); the last two, where it ``adds_residual``, as for :func:`t2t_fast.ops.mlp`."""
-        if not self.adds_residual:
+        if residual is None and not self.adds_residual:
             return super().forward(x)
         fc1, fc2 = self.fc1, self.fc2
         branch = {"residual": residual, "branch_scale": branch_scale}

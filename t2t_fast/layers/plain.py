@@ -18,7 +18,8 @@ from ..checks import FLOAT_DTYPES
 
 # torch's own tensors, and what compilers and exporters put in their place. Other subclasses have arithmetic of their
 # own: quantised, distributed or sparse weights.
-_PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)
+_PLAIN_TENSORS = frozenset((nn.Parameter, Tensor, FakeTensor, FunctionalTensor))
+_DTYPES = frozenset(FLOAT_DTYPES)
 
 
 def are_plain(*modules: Any) -> bool:
@@ -29,31 +30,25 @@ def are_plain(*modules: Any) -> bool:
     if _has_any_global_hook():
         return False
     for module in modules:
-        if type(module) is nn.Linear:
+        kind = type(module)
+        if kind is nn.Linear or kind is nn.LayerNorm:
+            # Missing where parametrisations or pruning compute it.
             parameters = module._parameters
-            plain = _is_plain_entry(parameters, "weight") and parameters["weight"] is not None
-            plain = plain and _is_plain_entry(parameters, "bias")
-        elif type(module) is nn.LayerNorm:
-            parameters = module._parameters
-            plain = _is_plain_entry(parameters, "weight") and _is_plain_entry(parameters, "bias")
-            plain = plain and len(module.normalized_shape) == 1
-        else:
-            plain = type(module) is nn.GELU and module.approximate == "none"
-        if not plain or _is_hooked(module):
+            weight, bias = parameters.get("weight", module), parameters.get("bias", module)
+            if not (weight is None or is_plain_weight(weight)) or not (bias is None or is_plain_weight(bias)):
+                return False
+            if kind is nn.LayerNorm and len(module.normalized_shape) != 1:
+                return False
+        elif kind is not nn.GELU or module.approximate != "none":
+            return False
+        if _is_hooked(module):
             return False
     return True
 
 
-def is_plain_weight(weight: Tensor) -> bool:
+def is_plain_weight(weight: Any) -> bool:
     """Whether an op knows this tensor: no subclass with arithmetic of its own, strided, of a floating dtype."""
-    return type(weight) in _PLAIN_TENSORS and weight.dtype in FLOAT_DTYPES and weight.layout is torch.strided
-
-
-def _is_plain_entry(parameters: dict[str, Any], name: str) -> bool:
-    """Whether the module has this parameter, None or plain; parametrisations and pruning take it away."""
-    if name not in parameters:
-        return False
-    return parameters[name] is None or is_plain_weight(parameters[name])
+    return type(weight) in _PLAIN_TENSORS and weight.dtype in _DTYPES and weight.layout is torch.strided
 
 
 def has_no_weights(norm: Any) -> bool:
@@ -90,5 +85,5 @@ def _is_hooked(module: Any) -> bool:
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or is_patched(module)
+        or "forward" in module.__dict__
     )
