@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from doubles import T2T_ViT
 from small_models import FAMILIES, MODELS, relative_error, seeded_images, small, smallest
 from timm.utils.attention_extract import AttentionExtract
 from torch import Tensor, nn
@@ -100,6 +101,13 @@ def test_what_a_replaced_attn_drop_returns_multiplies_v(name: str) -> None:
                 other.attn.proj.weight.mul_(2)
     assert relative_error(model(images), want(images)) < 5e-6
     assert relative_error(t2t_fast.freeze(model)(images), want(images)) < 5e-6
+
+
+def test_optimize_refuses_a_replaced_attn_drop() -> None:
+    theirs = T2T_ViT(img_size=32, tokens_type="performer", embed_dim=64, depth=2, num_heads=2, mlp_ratio=2.0)
+    theirs.blocks[1].attn.attn_drop = nn.Softmax(-1)
+    with pytest.raises(TypeError, match=r"blocks\.1\.attn\.attn_drop must be a Dropout, got Softmax"):
+        t2t_fast.optimize(theirs)
 
 
 def test_replaced_attn_drop_of_a_token_transformer() -> None:

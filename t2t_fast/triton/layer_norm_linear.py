@@ -16,7 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ..aten.autograd import differentiable_backward, wants_gradient
 from ..aten.soft_split_linear import fold_norm
-from ..numerics import compute_dtype, is_autocast, no_autocast, product_dtype
+from ..numerics import compute_dtype, no_autocast, product_dtype
 from ..reference.soft_split import as_image
 from .availability import cannot_run, slower, unmeasured
 from .soft_split_linear import backward_input, backward_weight, locate
@@ -51,8 +51,6 @@ def can_run(
     x: Tensor, weight: Tensor, bias: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None, *rest: Any
 ) -> str | None:
     """None, or why not."""
-    if not is_autocast(x) and x.dtype != weight.dtype:
-        return f"the input is {x.dtype}, the weight {weight.dtype}: outside autocast they must agree"
     return cannot_run(product_dtype(x), x, weight, bias, norm_weight, norm_bias)
 
 

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 from ..aten import soft_split
 from ..aten.autograd import differentiable_backward, wants_gradient
 from ..aten.soft_split_linear import fold_norm
-from ..numerics import compute_dtype, is_autocast, no_autocast, product_dtype
+from ..numerics import compute_dtype, no_autocast, product_dtype
 from ..reference.soft_split import as_image, window_grid
 from .availability import cannot_run, slower
 
@@ -59,8 +59,6 @@ def can_run(
     *geometry: Any,
 ) -> str | None:
     """None, or why not."""
-    if not is_autocast(x) and x.dtype != weight.dtype:
-        return f"the input is {x.dtype}, the weight {weight.dtype}: outside autocast they must agree"
     return cannot_run(product_dtype(x), x, weight, bias, norm_weight, norm_bias)
 
 

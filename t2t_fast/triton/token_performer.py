@@ -16,7 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 from ..aten.autograd import differentiable_backward, wants_gradient
 from ..aten.soft_split_linear import fold_norm
 from ..aten.token_performer import forward_with_masks
-from ..numerics import compute_dtype, is_autocast, no_autocast, product_dtype
+from ..numerics import compute_dtype, no_autocast, product_dtype
 from ..reference import token_performer as reference
 from . import performer_attention
 from .availability import cannot_run, slower
@@ -102,8 +102,6 @@ def draw_seed(x: Tensor) -> Tensor:
 
 def can_run(kqv: Tensor, w: Tensor, proj_weight: Tensor, *rest: Any) -> str | None:
     """None, or why not."""
-    if not is_autocast(kqv) and kqv.dtype != proj_weight.dtype:
-        return f"kqv is {kqv.dtype}, the weights {proj_weight.dtype}: outside autocast they must agree"
     return cannot_run_layer(kqv, product_dtype(kqv), w, proj_weight, *rest)
 
 
