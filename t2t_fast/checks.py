@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.types import Device
 
+from .numerics import is_autocast
+
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LARGEST = 2**31 - 1  # of counts and sizes
 
@@ -33,7 +35,7 @@ def check_tensor(name: str, value: object, ndim: int | tuple[int, ...]) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if value.dtype not in FLOAT_DTYPES:
-        accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES)
+        accepted = ", ".join(map(_word, FLOAT_DTYPES))
         raise TypeError(f"{name} has dtype {value.dtype}; accepted: {accepted}")
     accepted_ndim = (ndim,) if isinstance(ndim, int) else ndim
     if value.ndim not in accepted_ndim:
@@ -46,6 +48,26 @@ def check_shape(name: str, value: Tensor, shape: Sequence[int | torch.SymInt], m
     check_tensor(name, value, len(shape))
     if tuple(value.shape) != tuple(shape):
         raise ValueError(f"{name} must have shape {meaning} = {tuple(shape)}, got {tuple(value.shape)}")
+
+
+def check_same_dtype(name: str, value: Tensor, *others: tuple[str, Tensor | None]) -> None:
+    """Raise unless the ``others``, pairs of name and tensor, have the dtype of ``value``.
+
+    Under autocast the ops cast, to and from anything but float64.
+    """
+    dtype = value.dtype
+    for other_name, other in others:
+        if other is None or other.dtype == dtype:
+            continue
+        if not is_autocast(value) or torch.float64 in (value.dtype, other.dtype):
+            raise TypeError(
+                f"{name} has dtype {_word(value.dtype)}, {other_name} {_word(other.dtype)}; cast one of them, or run "
+                "under torch.autocast (which leaves float64 as it is)"
+            )
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def as_pair(name: str, value: object, minimum: int) -> tuple[int, int]:

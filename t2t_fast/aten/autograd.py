@@ -67,7 +67,14 @@ def backward_by_hand(backward: Callable[..., tuple[Tensor | None, ...]]) -> Call
 def differentiable_backward(
     forward: Callable[..., Tensor], inputs: tuple[Any, ...], grad: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """Autograd's own gradients of ``forward(*inputs)``, themselves differentiable: for second derivatives."""
-    wanted = [t for t in inputs if isinstance(t, Tensor) and t.requires_grad]
-    found = iter(torch.autograd.grad(forward(*inputs), wanted, grad, create_graph=True))
+    """Autograd's own gradients of ``forward(*inputs)``, themselves differentiable: for second derivatives.
+
+    A backward takes them where gradients are enabled in it, which is what ``create_graph=True`` does.
+    """
+    # Views: one input may be another, or be computed from it, and each shall get its own part of the gradient.
+    views = tuple(t.view_as(t) if isinstance(t, Tensor) and t.requires_grad else t for t in inputs)
+    wanted = [t for t in views if isinstance(t, Tensor) and t.requires_grad]
+    with no_autocast(grad):
+        y = forward(*views)
+        found = iter(torch.autograd.grad(y, wanted, grad.to(y.dtype), create_graph=True))
     return tuple(next(found) if isinstance(t, Tensor) and t.requires_grad else None for t in inputs)

@@ -44,7 +44,7 @@ def forward(
     masks = _dropout_mask(kqv, proj_drop), _dropout_mask(kqv, mlp_drop)
     if wants_hand_written_backward(*tensors):
         return _TokenPerformer.apply(*tensors, *masks, eps, norm_eps)[0]
-    return _token_performer(*tensors, *masks, eps, norm_eps)[0]
+    return forward_with_masks(*tensors, *masks, eps, norm_eps)[0]
 
 
 def _dropout_mask(kqv: Tensor, rate: float) -> Tensor | None:
@@ -55,7 +55,7 @@ def _dropout_mask(kqv: Tensor, rate: float) -> Tensor | None:
     return mask.bernoulli_(1 - rate).div_(1 - rate)
 
 
-def _token_performer(
+def forward_with_masks(
     kqv: Tensor,
     w: Tensor,
     proj_weight: Tensor,
@@ -88,11 +88,11 @@ def _token_performer(
 
 
 class _TokenPerformer(torch.autograd.Function):
-    """:func:`_token_performer` with the gradient of :mod:`t2t_fast.reference.token_performer`, by hand."""
+    """:func:`forward_with_masks` with the gradient of :mod:`t2t_fast.reference.token_performer`, by hand."""
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        return _token_performer(*args)
+        return forward_with_masks(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -107,7 +107,7 @@ class _TokenPerformer(torch.autograd.Function):
         saved = ctx.saved_tensors  # unpacked once: checkpointing insists
         inputs, kept = saved[:12], saved[12:]
         if torch.is_grad_enabled():
-            return differentiable_backward(lambda *args: _token_performer(*args)[0], (*inputs, *ctx.rest), grad)
+            return differentiable_backward(lambda *args: forward_with_masks(*args)[0], (*inputs, *ctx.rest), grad)
         kqv, w, proj_weight, _, norm_weight, norm_bias, fc1_weight, _, fc2_weight, _, proj_mask, mlp_mask = inputs
         phi_k, weights, y, mean, rstd, hidden = kept
         k, q, v = kqv.chunk(3, dim=-1)

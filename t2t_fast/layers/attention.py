@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from timm.layers import use_fused_attn
 from torch import Tensor, nn
 from torch.types import Device
 
 from ..checks import as_integer, check_real, factory_options
+from ..dispatch import Decision, tell
 from ..ops import attention
-from .mlp import apply_linear, are_plain
+from ..reference.attention import scores, weigh
+from .mlp import apply_linear
 from .packed_linear import PackedLinear
+from .plain import are_plain, dropout_rate, is_watched
 from .se import SELayer
 
 torch.fx.wrap("attention")
+torch.fx.wrap("scores")
+torch.fx.wrap("weigh")
 
 
 class Attention(nn.Module):
@@ -53,6 +61,7 @@ class Attention(nn.Module):
         self.num_heads, self.head_dim = split_width(dim, num_heads)
         self.scale = self.head_dim**-0.5 if qk_scale is None else check_real("qk_scale", qk_scale)
         self.backend = backend
+        self.fused_attn = use_fused_attn()
         self.qkv: nn.Module = nn.Linear(dim, 3 * dim, bias=qkv_bias, **options)
         self.attn_drop = nn.Dropout(attn_drop)
         self.proj = nn.Linear(dim, dim, **options)
@@ -62,12 +71,14 @@ class Attention(nn.Module):
     @property
     def adds_residual(self) -> bool:
         """Whether the gate comes last, so that its pass can add the residual; see ``add_branch``."""
-        return isinstance(self.se_layer, SELayer) and not (self.training and self.proj_drop.p > 0)
+        gated = type(self) is Attention and type(self.se_layer) is SELayer and not is_watched(self.se_layer)
+        return gated and dropout_rate(self.proj_drop) == 0
 
     @property
     def takes_norm(self) -> bool:
         """Whether the first product can apply the norm in front of it; see ``add_branch``."""
-        return isinstance(self.qkv, PackedLinear) or are_plain(self.qkv)
+        packed = type(self.qkv) is PackedLinear and not is_watched(self.qkv)
+        return type(self) is Attention and (packed or are_plain(self.qkv))
 
     def forward(
         self,
@@ -84,8 +95,7 @@ class Attention(nn.Module):
         # Chunks before heads: their gradients are put together where the projection's backward reads them.
         q, k, v = apply_linear(x, self.qkv, self.backend, norm).chunk(3, dim=-1)
         q, k, v = self._split_heads(q), self._split_heads(k), self._split_heads(v)
-        dropout_p = self.attn_drop.p if self.training else 0.0
-        y = attention(q, k, v, self.scale, dropout_p, backend=self.backend)
+        y = attend(q, k, v, self.scale, self.attn_drop, self.fused_attn, self.backend)
         y = apply_linear(y.transpose(1, 2).flatten(2), self.proj, self.backend)
         if residual is not None:
             return self.se_layer(y, residual, branch_scale)
@@ -94,6 +104,22 @@ class Attention(nn.Module):
     def _split_heads(self, x: Tensor) -> Tensor:
         """(B, N, C) to (B, heads, N, C / heads)."""
         return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, drop: Any, fused: bool, backend: str) -> Tensor:
+    """``drop(softmax(scale q kᵀ)) v``, (B, heads, N, D): through :func:`t2t_fast.ops.attention` if that is the same.
+
+    Where somebody watches or has replaced ``drop``, it is called with the weights (B, heads, N, N), float32 or better,
+    and what it returns multiplies ``v``. So it is where timm's ``set_fused_attn(False)`` holds, or held when the layer
+    was made (``fused`` is false).
+    """
+    rate = dropout_rate(drop)
+    if rate is not None and fused and use_fused_attn():
+        return attention(q, k, v, scale, rate, backend=backend)
+    if not torch.compiler.is_compiling():
+        tell(Decision("attention", "reference", {}, detail="attn_drop is called, or timm's fused attention is off"))
+    attn = scores(q, k, scale).softmax(dim=-1)
+    return weigh(drop(attn), v)
 
 
 def split_width(dim: int, num_heads: int) -> tuple[int, int]:

@@ -15,7 +15,8 @@ from ..ops import linear
 from .attention import Attention
 from .branch import add_two_branches
 from .ghost import GhostAttention, GhostMlp
-from .mlp import Mlp, apply_linear, are_plain
+from .mlp import Mlp, apply_linear
+from .plain import are_plain
 from .se import SEMlp
 
 torch.fx.wrap("linear")

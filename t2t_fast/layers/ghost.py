@@ -9,15 +9,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from timm.layers import use_fused_attn
 from torch import Tensor, nn
 from torch.types import Device
 
 from ..checks import check_real, factory_options
-from ..ops import attention
-from .attention import split_width
+from .attention import attend, split_width
 from .mlp import apply_linear
-
-torch.fx.wrap("attention")
+from .plain import is_plain_weight
 
 
 class ChannelScale(nn.Conv1d):
@@ -28,6 +27,8 @@ class ChannelScale(nn.Conv1d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, C) to (B, N, C)."""
+        if not is_plain_weight(self.weight):
+            return super().forward(x.transpose(1, 2)).transpose(1, 2)
         return x * self.weight.flatten()
 
 
@@ -51,6 +52,7 @@ class GhostAttention(nn.Module):
         self.num_heads, self.head_dim = split_width(dim, num_heads)
         self.scale = self.head_dim**-0.5 if qk_scale is None else check_real("qk_scale", qk_scale)
         self.backend = backend
+        self.fused_attn = use_fused_attn()
         half = dim // 2
         self.q = nn.Linear(dim, half, bias=qkv_bias, **options)
         self.k = nn.Linear(dim, half, bias=qkv_bias, **options)
@@ -72,8 +74,7 @@ class GhostAttention(nn.Module):
         q = self._heads(x, self.q, self.cheap_operation_q)
         k = self._heads(x, self.k, self.cheap_operation_k)
         v = self._heads(x, self.v, self.cheap_operation_v)
-        dropout_p = self.attn_drop.p if self.training else 0.0
-        y = attention(q, k, v, self.scale, dropout_p, backend=self.backend)
+        y = attend(q, k, v, self.scale, self.attn_drop, self.fused_attn, self.backend)
         return self.proj_drop(apply_linear(y.transpose(1, 2).flatten(2), self.proj, self.backend))
 
 

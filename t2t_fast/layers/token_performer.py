@@ -12,7 +12,7 @@ from torch.types import Device
 from ..checks import factory_options
 from ..numerics import compute_dtype
 from ..ops import performer_attention, soft_split, soft_split_performer
-from .mlp import are_plain, has_no_weights, is_watched
+from .plain import are_plain, dropout_rate, has_no_weights, is_plain_weight, is_watched
 
 torch.fx.wrap("performer_attention")
 torch.fx.wrap("soft_split")
@@ -92,9 +92,8 @@ class TokenPerformer(nn.Module):
 
     def forward(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Image (B, C, H, W), or tokens (B, H*W, C) with ``grid=(H, W)``, to tokens (B, L, token_dim)."""
-        parts = (self.norm1, self.kqv, self.proj, self.norm2, self.mlp[0], self.mlp[1], self.mlp[2])
-        unseen = has_no_weights(self.norm1) and not self.folded
-        if unseen or not are_plain(*parts) or any(map(is_watched, (self.dp, self.mlp, self.mlp[3]))):
+        rates = self._dropout_rates()
+        if rates is None:
             return self._call_parts(x, grid)
         return soft_split_performer(
             x,
@@ -113,14 +112,25 @@ class TokenPerformer(nn.Module):
             self.mlp[2].bias,
             *self.window,
             grid=grid,
-            proj_drop=self.dp.p if self.training else 0.0,
-            mlp_drop=self.mlp[3].p if self.training else 0.0,
+            proj_drop=rates[0],
+            mlp_drop=rates[1],
             eps=self.epsilon,
             norm1_eps=self.norm1.eps,
             norm2_eps=self.norm2.eps,
             folded=self.folded,
             backend=self.backend,
         )
+
+    def _dropout_rates(self) -> tuple[float, float] | None:
+        """The rates of both dropouts; None if a part must be called, which the op cannot stand in for."""
+        if type(self.mlp) is not nn.Sequential or len(self.mlp) != 4 or is_watched(self.mlp):
+            return None
+        *mlp, drop = self.mlp._modules.values()
+        unseen = has_no_weights(self.norm1) and not self.folded
+        if unseen or not are_plain(self.norm1, self.kqv, self.proj, self.norm2, *mlp) or not is_plain_weight(self.w):
+            return None
+        rates = dropout_rate(self.dp), dropout_rate(drop)
+        return None if rates[0] is None or rates[1] is None else (rates[0], rates[1])
 
     def _call_parts(self, x: Tensor, grid: tuple[int, int] | None) -> Tensor:
         """The same module by module, for parts that somebody has replaced or watches."""

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.types import Device
 
-from ..checks import check_tensor, factory_options
+from ..checks import check_same_dtype, check_tensor, factory_options
 from ..dispatch import resolve_backend
 from ..ops.soft_split import output_grid
+from .plain import is_plain_weight
 from .split import split_linear
 from .token_performer import TokenPerformer
 from .token_transformer import TokenTransformer
@@ -91,13 +92,22 @@ class TokensToToken(nn.Module):
         """Image (B, C, H, W) to tokens (B, L, embed_dim), row by row over ``grids(H, W)[2]``.
 
         Raises:
-            TypeError: ``x`` is no floating-point tensor.
+            TypeError: ``x`` is no floating-point tensor, or has another dtype than the weights outside autocast.
             ValueError: ``x`` has another number of dimensions or channels, or is too small for the first window.
         """
-        check_images(x, self.in_chans)
+        check_images(x, self.in_chans, self._first_weight() if isinstance(x, Tensor) else None)
         if self.tokens_type != "convolution" and _in_chunks(x, self.backend):
             return torch.cat([self._forward(chunk) for chunk in x.split(CPU_CHUNK)])
         return self._forward(x)
+
+    def _first_weight(self) -> Tensor | None:
+        """The weight that images meet first; None where a module of another kind stands there."""
+        layer: Any = self.soft_split0 if self.tokens_type == "convolution" else self.attention1
+        linear = getattr(layer, "kqv", None) or getattr(getattr(layer, "attn", None), "qkv", layer)
+        if type(linear) not in (nn.Linear, nn.Conv2d):
+            return None
+        weight = linear._parameters.get("weight")
+        return weight if weight is not None and is_plain_weight(weight) else None
 
     def _forward(self, x: Tensor) -> Tensor:
         if self.tokens_type == "convolution":
@@ -108,9 +118,14 @@ class TokensToToken(nn.Module):
         return split_linear(x, self.project, None, _LATER, second, self.backend)
 
 
-def check_images(x: Tensor, in_chans: int) -> None:
-    """Raise unless ``x`` is a batch of images (B, in_chans, H, W) on which the first window fits."""
+def check_images(x: Tensor, in_chans: int, weight: Tensor | None = None) -> None:
+    """Raise unless ``x`` is a batch of images (B, in_chans, H, W) on which the first window fits.
+
+    With ``weight``, one of the model's, both must be of one dtype, which autocast would otherwise see to.
+    """
     check_tensor("images", x, 4)
+    if weight is not None:
+        check_same_dtype("images", x, ("the model's weights", weight))
     if x.shape[1] != in_chans:
         raise ValueError(
             f"images must have shape (B, {in_chans}, H, W), got {tuple(x.shape)}; pass in_chans={x.shape[1]} when "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..aten import add_layer_norm as aten_add_layer_norm
@@ -56,5 +57,5 @@ def add_layer_norm(
     check_tensor("x", x, 3)
     check_tensor("y", y, 3)
     check_branch(y.shape, x, branch_scale, residual_name="x")
-    check_norm(norm_weight, norm_bias, x.shape[2])
+    check_norm(norm_weight, norm_bias, x if x.dtype == torch.promote_types(x.dtype, y.dtype) else y)
     return _OP(backend, x, y, norm_weight, norm_bias, eps, branch_scale)

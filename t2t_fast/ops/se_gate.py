@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..aten import se_gate as aten_se_gate
-from ..checks import check_shape, check_tensor
+from ..checks import check_same_dtype, check_shape, check_tensor
 from ..dispatch import Implementation, Op
 from ..native import se_gate as native_se_gate
 from ..reference import se_gate as reference_se_gate
@@ -54,7 +54,7 @@ def se_gate(
         BackendUnavailable: ``backend`` names one that cannot run here.
     """
     check_tensor("x", x, 3)
-    check_se_weights(x.shape[2], w_reduce, w_expand)
+    check_se_weights(x, x.shape[2], w_reduce, w_expand)
     check_branch(x.shape, residual, branch_scale)
     return _OP(backend, x, w_reduce, w_expand, residual, branch_scale)
 
@@ -69,8 +69,9 @@ def check_branch(
         check_shape("branch_scale", branch_scale, shape[:1], "(B,)")
 
 
-def check_se_weights(channels: int, w_reduce: Tensor, w_expand: Tensor) -> None:
-    """Raise unless the two gate weights fit ``channels`` and each other."""
+def check_se_weights(x: Tensor, channels: int, w_reduce: Tensor, w_expand: Tensor) -> None:
+    """Raise unless the two gate weights fit ``channels`` and each other, and have the dtype of ``x``."""
     check_tensor("w_reduce", w_reduce, 2)
     check_shape("w_reduce", w_reduce, (w_reduce.shape[0], channels), "(R, C)")
     check_shape("w_expand", w_expand, (channels, w_reduce.shape[0]), "(C, R)")
+    check_same_dtype("x", x, ("w_reduce", w_reduce), ("w_expand", w_expand))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..aten import soft_split_linear as aten_soft_split_linear
-from ..checks import check_shape, check_tensor
+from ..checks import check_same_dtype, check_shape, check_tensor
 from ..dispatch import Implementation, Op
 from ..reference import soft_split_linear as reference_soft_split_linear
 from ..triton import soft_split_linear as triton_soft_split_linear
@@ -103,6 +103,14 @@ def check_soft_split_linear(
         if norm_weight is None:
             raise ValueError(f"{norm}bias was given without {norm}weight; pass both, {norm}weight alone, or neither")
         check_shape(f"{norm}bias", norm_bias, (n,), "(C*kh*kw,)")
+    check_same_dtype(
+        "x",
+        x,
+        (f"{linear}weight", weight),
+        (f"{linear}bias", bias),
+        (f"{norm}weight", norm_weight),
+        (f"{norm}bias", norm_bias),
+    )
     return x, weight, bias, norm_weight, norm_bias, *geometry, grid_
 
 

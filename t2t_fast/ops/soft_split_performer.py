@@ -104,6 +104,6 @@ def soft_split_performer(
     if kqv_weight.shape[0] != 3 * width:
         raise ValueError(f"kqv_weight must have 3E rows, got {kqv_weight.shape[0]}, which is no multiple of 3")
     layer = (w, proj_weight, proj_bias, norm2_weight, norm2_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    check_layer(width, *layer, proj_drop, mlp_drop, "norm2_")
+    check_layer("x", x, width, *layer, proj_drop, mlp_drop, norm="norm2_")
     check_folded(folded, kqv_weight, norm1_weight, "kqv_", "norm1_")
     return _OP(backend, (*split, norm1_eps, folded), (*layer, proj_drop, mlp_drop, eps, norm2_eps))
