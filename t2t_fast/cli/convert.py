@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..files import require_regular
 from ..models.checkpoints import (
     Checkpoint,
     CheckpointError,
@@ -47,7 +46,6 @@ def run(args: argparse.Namespace) -> int:
     source, target = args.source, args.target
     check_checkpoint_target(target)
     check_new(target, args.force)
-    require_regular(source)
     checkpoint = read_checkpoint(source, use_ema=not args.no_ema)
     tensors = f"{len(checkpoint.state_dict)} tensors from {checkpoint.source}, {checkpoint.layout} layout"
     lines = [f"read   {source}: {tensors}", *(f"       {note}" for note in checkpoint.notes)]

@@ -156,10 +156,7 @@ def load_model(args: argparse.Namespace) -> T2TViT:
     """The model that the arguments name."""
     size = image_size(args.img_size)
     kwargs: dict[str, Any] = {} if size is None else {"img_size": size}
-    has_file = args.checkpoint is not None
-    name = DEFAULT_MODEL if args.model is None and not has_file else args.model
-    if has_file:
-        require_regular(args.checkpoint)
+    name = DEFAULT_MODEL if args.model is None and args.checkpoint is None else args.model
     try:
         model = create_model(
             name, checkpoint=args.checkpoint, pretrained=args.pretrained, backend=args.backend, **kwargs

@@ -80,12 +80,19 @@ def read_checkpoint(path: str | os.PathLike[str], use_ema: bool = True) -> Check
         use_ema: Prefer the averaged weights where the file has both.
 
     Raises:
-        FileNotFoundError: There is no such file.
+        OSError: There is no such file, it may not be read, or it is a device or FIFO.
+        ValueError: ``path`` is empty.
         CheckpointError: The file cannot be read, needs code to be executed, or holds no T2T-ViT, or several.
     """
-    path = Path(path)
+    path = _as_path(path)
     file = read_weight_file(path)
     return _translate(path, file, _find(path, file, use_ema))
+
+
+def _as_path(path: str | os.PathLike[str]) -> Path:
+    if not os.fspath(path):  # which would be the working directory
+        raise ValueError(f"path={path!r} is no name of a file")
+    return Path(path)
 
 
 def _find(path: Path, file: WeightFile, use_ema: bool) -> FoundWeights:
@@ -142,7 +149,8 @@ def load_checkpoint(
         logger ``t2t_fast``.
 
     Raises:
-        FileNotFoundError: There is no such file.
+        OSError: There is no such file, it may not be read, or it is a device or FIFO.
+        ValueError: ``path`` is empty.
         CheckpointError: The file holds no T2T-ViT, or one that does not fit the model.
         TypeError: ``model`` is no T2T-ViT of this library, and the names are not its own.
     """
@@ -150,7 +158,7 @@ def load_checkpoint(
         file = WeightFile(path, path.get(GRID_KEY))
         path = Path("state_dict")
     else:
-        path = Path(path)
+        path = _as_path(path)
         file = read_weight_file(path)
     found = _find(path, file, use_ema)
     if model is not None and _are_own(found.entries, model):
