@@ -31,9 +31,11 @@ def factory_options(device: Device, dtype: torch.dtype | None) -> dict[str, Any]
 
 
 def check_tensor(name: str, value: object, ndim: int | tuple[int, ...]) -> None:
-    """Raise unless ``value`` is a floating-point tensor with one of the given numbers of dimensions."""
+    """Raise unless ``value`` is a dense floating-point tensor with one of the given numbers of dimensions."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} has layout {value.layout}; accepted: torch.strided (value.to_dense())")
     if value.dtype not in FLOAT_DTYPES:
         accepted = ", ".join(map(_word, FLOAT_DTYPES))
         raise TypeError(f"{name} has dtype {value.dtype}; accepted: {accepted}")
@@ -50,11 +52,20 @@ def check_shape(name: str, value: Tensor, shape: Sequence[int | torch.SymInt], m
         raise ValueError(f"{name} must have shape {meaning} = {tuple(shape)}, got {tuple(value.shape)}")
 
 
-def check_same_dtype(name: str, value: Tensor, *others: tuple[str, Tensor | None]) -> None:
-    """Raise unless the ``others``, pairs of name and tensor, have the dtype of ``value``.
+def check_same_device(name: str, value: Tensor, *others: tuple[str, Tensor | None]) -> None:
+    """Raise unless the ``others``, pairs of name and tensor, are on the device of ``value``."""
+    device = value.device
+    for other_name, other in others:
+        if other is not None and other.device != device:
+            raise ValueError(f"{name} is on {device}, {other_name} on {other.device}; move one of them")
+
+
+def check_alike(name: str, value: Tensor, *others: tuple[str, Tensor | None]) -> None:
+    """Raise unless the ``others``, pairs of name and tensor, have the device and the dtype of ``value``.
 
     Under autocast the ops cast, to and from anything but float64.
     """
+    check_same_device(name, value, *others)
     dtype = value.dtype
     for other_name, other in others:
         if other is None or other.dtype == dtype:
@@ -118,6 +129,14 @@ def check_real(name: str, value: object) -> float:
     return number
 
 
+def check_epsilon(name: str, value: object) -> float:
+    """``value`` as a float; raise unless it is a finite number that is not negative."""
+    number = check_real(name, value)
+    if number < 0:
+        raise ValueError(f"{name} must be at least 0, got {value!r}")
+    return number
+
+
 def check_probability(name: str, value: object) -> float:
     """``value`` as a float; raise unless it is a dropout rate."""
     rate = _as_real(name, value)
@@ -129,7 +148,10 @@ def check_probability(name: str, value: object) -> float:
 def _as_real(name: str, value: object) -> float:
     if not isinstance(value, (int, float, numbers.Real)) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise ValueError(f"{name} must be finite, got a number that no float holds") from error
 
 
 def check_flag(name: str, value: object) -> None:

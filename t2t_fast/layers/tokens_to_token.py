@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.types import Device
 
-from ..checks import check_same_dtype, check_tensor, factory_options
+from ..checks import check_alike, check_tensor, factory_options
 from ..dispatch import resolve_backend
 from ..ops.soft_split import output_grid
 from .plain import is_plain_weight
@@ -125,7 +125,7 @@ def check_images(x: Tensor, in_chans: int, weight: Tensor | None = None) -> None
     """
     check_tensor("images", x, 4)
     if weight is not None:
-        check_same_dtype("images", x, ("the model's weights", weight))
+        check_alike("images", x, ("the model's weights", weight))
     if x.shape[1] != in_chans:
         raise ValueError(
             f"images must have shape (B, {in_chans}, H, W), got {tuple(x.shape)}; pass in_chans={x.shape[1]} when "

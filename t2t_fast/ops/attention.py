@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..aten import attention as aten_attention
 from ..aten.autograd import forward_mode, wants_gradient
-from ..checks import check_probability, check_same_dtype, check_shape, check_tensor
+from ..checks import check_alike, check_probability, check_real, check_shape, check_tensor
 from ..dispatch import Implementation, Op
 from ..reference import attention as reference_attention
 
@@ -55,6 +55,6 @@ def attention(
     check_tensor("q", q, 4)
     check_shape("k", k, q.shape, "the shape of q")
     check_shape("v", v, q.shape, "the shape of q")
-    check_same_dtype("q", q, ("k", k), ("v", v))
+    check_alike("q", q, ("k", k), ("v", v))
     check_probability("dropout_p", dropout_p)
-    return _OP(backend, q, k, v, scale, dropout_p)
+    return _OP(backend, q, k, v, check_real("scale", scale), dropout_p)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..aten import layer_norm_linear as aten_layer_norm_linear
-from ..checks import check_same_dtype, check_shape, check_tensor
+from ..checks import check_alike, check_epsilon, check_flag, check_shape, check_tensor
 from ..dispatch import Implementation, Op
 from ..reference import layer_norm_linear as reference_layer_norm_linear
 from ..triton import layer_norm_linear as triton_layer_norm_linear
@@ -60,7 +60,8 @@ def layer_norm_linear(
     check_tensor("x", x, 3)
     check_linear("weight", weight, "bias", bias, x)
     check_norm(norm_weight, norm_bias, x)
-    return _OP(backend, x, weight, bias, norm_weight, norm_bias, eps, gelu)
+    check_flag("gelu", gelu)
+    return _OP(backend, x, weight, bias, norm_weight, norm_bias, check_epsilon("eps", eps), gelu)
 
 
 def check_norm(norm_weight: Tensor | None, norm_bias: Tensor | None, x: Tensor) -> None:
@@ -68,4 +69,4 @@ def check_norm(norm_weight: Tensor | None, norm_bias: Tensor | None, x: Tensor) 
     for name, tensor in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
         if tensor is not None:
             check_shape(name, tensor, (x.shape[2],), "(C,)")
-            check_same_dtype("x", x, (name, tensor))
+            check_alike("x", x, (name, tensor))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..aten import linear as aten_linear
-from ..checks import check_same_dtype, check_shape, check_tensor
+from ..checks import check_alike, check_flag, check_shape, check_tensor
 from ..dispatch import Implementation, Op
 from ..reference import linear as reference_linear
 from ..triton import linear as triton_linear
@@ -43,6 +43,7 @@ def linear(
     """
     check_tensor("x", x, 3)
     check_linear("weight", weight, "bias", bias, x)
+    check_flag("gelu", gelu)
     return _OP(backend, x, weight, bias, gelu)
 
 
@@ -60,4 +61,4 @@ def check_linear(
     check_shape(weight_name, weight, (weight.shape[0], channels), f"(rows, {channels})")
     if bias is not None:
         check_shape(bias_name, bias, (weight.shape[0],), f"(rows of {weight_name},)")
-    check_same_dtype("x", x, (weight_name, weight), (bias_name, bias))
+    check_alike("x", x, (weight_name, weight), (bias_name, bias))

@@ -57,7 +57,7 @@ def mlp(
         BackendUnavailable: ``backend`` names one that cannot run here.
     """
     check_mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    check_branch((*x.shape[:2], fc2_weight.shape[0]), residual, branch_scale)
+    check_branch("x", x, (*x.shape[:2], fc2_weight.shape[0]), residual, branch_scale)
     return _OP(backend, x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual, branch_scale)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..aten import se_gate as aten_se_gate
-from ..checks import check_same_dtype, check_shape, check_tensor
+from ..checks import check_alike, check_same_device, check_shape, check_tensor
 from ..dispatch import Implementation, Op
 from ..native import se_gate as native_se_gate
 from ..reference import se_gate as reference_se_gate
@@ -55,18 +55,27 @@ def se_gate(
     """
     check_tensor("x", x, 3)
     check_se_weights(x, x.shape[2], w_reduce, w_expand)
-    check_branch(x.shape, residual, branch_scale)
+    check_branch("x", x, x.shape, residual, branch_scale)
     return _OP(backend, x, w_reduce, w_expand, residual, branch_scale)
 
 
 def check_branch(
-    shape: Sequence[int], residual: Tensor | None, branch_scale: Tensor | None, residual_name: str = "residual"
+    name: str,
+    x: Tensor,
+    shape: Sequence[int],
+    residual: Tensor | None,
+    branch_scale: Tensor | None,
+    residual_name: str = "residual",
 ) -> None:
-    """Raise unless the residual has the result's ``shape`` and the scale one number per image."""
+    """Raise unless the residual has the result's ``shape``, the scale a number per image, and both the device of ``x``.
+
+    ``name`` is what ``x`` is called.
+    """
     if residual is not None:
         check_shape(residual_name, residual, shape, "that of the result")
     if branch_scale is not None:
         check_shape("branch_scale", branch_scale, shape[:1], "(B,)")
+    check_same_device(name, x, (residual_name, residual), ("branch_scale", branch_scale))
 
 
 def check_se_weights(x: Tensor, channels: int, w_reduce: Tensor, w_expand: Tensor) -> None:
@@ -74,4 +83,4 @@ def check_se_weights(x: Tensor, channels: int, w_reduce: Tensor, w_expand: Tenso
     check_tensor("w_reduce", w_reduce, 2)
     check_shape("w_reduce", w_reduce, (w_reduce.shape[0], channels), "(R, C)")
     check_shape("w_expand", w_expand, (channels, w_reduce.shape[0]), "(C, R)")
-    check_same_dtype("x", x, ("w_reduce", w_reduce), ("w_expand", w_expand))
+    check_alike("x", x, ("w_reduce", w_reduce), ("w_expand", w_expand))

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ..aten import token_performer as aten_token_performer
-from ..checks import check_probability, check_same_dtype, check_shape, check_tensor
+from ..checks import check_alike, check_epsilon, check_probability, check_shape, check_tensor
 from ..dispatch import Implementation, Op
 from ..reference import token_performer as reference_token_performer
 from ..triton import token_performer as triton_token_performer
@@ -81,7 +81,8 @@ def token_performer(
     check_shape("kqv", kqv, (*kqv.shape[:2], 3 * width), "(B, T, 3E)")
     layer = (w, proj_weight, proj_bias, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     check_layer("kqv", kqv, width, *layer, proj_drop, mlp_drop)
-    return _OP(backend, kqv, *layer, proj_drop, mlp_drop, eps, norm_eps)
+    epsilons = check_epsilon("eps", eps), check_epsilon("norm_eps", norm_eps)
+    return _OP(backend, kqv, *layer, proj_drop, mlp_drop, *epsilons)
 
 
 def check_layer(
@@ -123,6 +124,6 @@ def check_layer(
         if vector is not None or not name.startswith(norm):
             check_shape(name, vector, (width,), "(E,)")
     weights = {"w": w, "proj_weight": proj_weight, "fc1_weight": fc1_weight, "fc2_weight": fc2_weight}
-    check_same_dtype(x_name, x, *weights.items(), *vectors.items(), ("fc1_bias", fc1_bias))
+    check_alike(x_name, x, *weights.items(), *vectors.items(), ("fc1_bias", fc1_bias))
     check_probability("proj_drop", proj_drop)
     check_probability("mlp_drop", mlp_drop)
