@@ -37,6 +37,11 @@ def is_transformed() -> bool:
     return torch.jit.is_tracing() or torch._C._are_functorch_transforms_active() or forward_mode()
 
 
+def in_dispatch_mode() -> bool:
+    """Whether a ``TorchDispatchMode`` sees every operation: counters of FLOPs, for one, know the library's alone."""
+    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
+
+
 @torch.compiler.assume_constant_result
 def is_exporting() -> bool:
     """Whether ``torch.export`` watches: its program must run without this package, so on library operations."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..aten.autograd import differentiable_backward, wants_gradient
+from ..aten.autograd import differentiable_backward, in_dispatch_mode, wants_gradient
 from ..numerics import compute_dtype, no_autocast
 from ..reference import se_gate as reference
 from . import library
@@ -35,6 +35,8 @@ def is_slower(
     x: Tensor, w_reduce: Tensor, w_expand: Tensor, residual: Tensor | None, branch_scale: Tensor | None
 ) -> str | None:
     """None, or why ``auto`` passes it over (measured by benchmarks/se_mlp.py)."""
+    if in_dispatch_mode():
+        return "a TorchDispatchMode knows library operations"
     if x.device.type != "cpu" or x.dtype in (torch.float16, torch.bfloat16):
         return None
     if x.shape[0] < library.num_threads():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..aten.autograd import differentiable_backward, wants_gradient
+from ..aten.autograd import differentiable_backward, in_dispatch_mode, wants_gradient
 from ..numerics import compute_dtype, no_autocast, product_dtype
 from ..reference import se_mlp as reference
 from . import library
@@ -55,6 +55,8 @@ def can_run(
 
 def is_slower(x: Tensor, *rest: Tensor | None) -> str | None:
     """None, or why ``auto`` passes it over (measured by benchmarks/se_mlp.py)."""
+    if in_dispatch_mode():
+        return "a TorchDispatchMode knows library operations"
     if x.device.type == "cpu" and x.shape[0] < library.num_threads():
         return "fewer images than threads: the products are all that counts, and the library's are as fast"
     return None
