@@ -16,11 +16,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from _common import OneLineParser, UsageError, command_line, positive_int, result_path, write_json
 from rich.console import Console
 from rich.progress import track
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # an uninstalled checkout; an installed package comes first
+from t2t_fast.bench.common import OneLineParser, UsageError, command_line, positive_int, result_path, write_json
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,18 +52,17 @@ def count(options: argparse.Namespace) -> list[dict[str, Any]]:
     Raises:
         UsageError: An unknown model, or a size that it does not take.
     """
-    import _models
-
     from t2t_fast import list_models
+    from t2t_fast.bench import models
     from t2t_fast.macs import published
 
-    names = _models.resolve_names(options.models)
+    names = models.resolve_names(options.models)
     if options.models == ["paper"]:
-        names = [*list_models(), *(name for name in names if not _models.is_ours(name))]
+        names = [*list_models(), *(name for name in names if not models.is_ours(name))]
     rows = []
     size = (options.img_size, options.img_size)
     for name in track(names, "counting", console=Console(stderr=True), transient=True):
-        cost = _models.count(name, options.img_size)
+        cost = models.count(name, options.img_size)
         params, macs = published(name, size)
         rows.append(
             {

@@ -14,12 +14,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from _common import OneLineParser, UsageError, command_line, positive_int, result_path, write_json
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # an uninstalled checkout; an installed package comes first
+from t2t_fast.bench.common import OneLineParser, UsageError, command_line, positive_int, result_path, write_json
 
 # (images, tokens, channels, hidden channels); no hidden ones: the gate alone
 SHAPES = ((128, 197, 64, 64), (32, 197, 384, 1152), (1, 197, 384, 1152), (32, 197, 384, 0), (1, 197, 384, 0))

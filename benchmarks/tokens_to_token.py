@@ -13,12 +13,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from _common import OneLineParser, UsageError, command_line, positive_int, result_path, write_json
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # an uninstalled checkout; an installed package comes first
+from t2t_fast.bench.common import OneLineParser, UsageError, command_line, positive_int, result_path, write_json
 
 MODELS = ("t2t_vit_14", "t2t_vit_t_14")
 PARTS = ("module forward", "module training step", "model forward")

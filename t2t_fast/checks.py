@@ -10,6 +10,10 @@ from torch import Tensor
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+class UsageError(Exception):
+    """A command line asks for what cannot be done; the message is one line that says why and what can."""
+
+
 def check_tensor(name: str, value: object, ndim: int | tuple[int, ...]) -> None:
     """Raise unless ``value`` is a floating-point tensor with one of the given numbers of dimensions."""
     if not isinstance(value, Tensor):

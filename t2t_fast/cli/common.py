@@ -13,11 +13,9 @@ from typing import Any
 
 from rich.console import Console
 
+from ..checks import UsageError
+
 PROG = "t2t-fast"
-
-
-class UsageError(Exception):
-    """What the user asked for cannot be done; the message is one line that says why and what can."""
 
 
 def add_command(subparsers: Any, name: str, description: str, examples: str) -> argparse.ArgumentParser:

@@ -1,4 +1,4 @@
-"""What the benchmarks share and what needs no torch: argument errors, argument types and result files."""
+"""What the benchmarks share: argument types, where results go, and how their files are written and read."""
 
 from __future__ import annotations
 
@@ -14,11 +14,29 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
-RESULTS = Path(__file__).resolve().parent / "results" / "local"  # what git ignores; chosen results lie above
+from t2t_fast.checks import UsageError
+
+OUTPUT_HELP = "file, or a folder for it; default: benchmarks/results/local of a checkout, else this folder"
+_ROOT = Path(__file__).resolve().parents[2]
 
 
-class UsageError(Exception):
-    """The command line asks for something that cannot be done here; the message says what to do instead."""
+def checkout() -> Path:
+    """The folder of the project's checkout that this package is run from.
+
+    Raises:
+        UsageError: The package is installed apart from its checkout.
+    """
+    if not (_ROOT / "benchmarks" / "results").is_dir():
+        raise UsageError(f"this needs a checkout of the project, and t2t_fast lies in {_ROOT}; run it in the checkout")
+    return _ROOT
+
+
+def default_folder() -> Path:
+    """Where results go unless told: what git ignores in a checkout, else the working directory."""
+    try:
+        return checkout() / "benchmarks" / "results" / "local"  # chosen results lie above
+    except UsageError:
+        return Path.cwd()
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -65,7 +83,7 @@ def _number(text: str, end: float, accepted: str) -> float:
 
 
 def result_path(output: Path | None, device: str, env: Mapping[str, Any], date: datetime) -> Path:
-    """Where the results go: ``output``, or a file named by device, versions and date in that folder or in ``RESULTS``.
+    """Where the results go: ``output``, or a file named by device, versions and date in that folder or the default one.
 
     The folder is made and tried now, not after minutes of measuring.
 
@@ -75,7 +93,7 @@ def result_path(output: Path | None, device: str, env: Mapping[str, Any], date: 
     versions = "_".join(f"{name}{str(env[name]).partition('+')[0]}" for name in ("torch", "triton") if env[name])
     name = f"{slug(device)}_{versions}_{date:%Y%m%d-%H%M%S}.json"
     is_folder = output is not None and (output.is_dir() or not output.suffix)  # a name without an ending is a folder
-    path = RESULTS / name if output is None else output / name if is_folder else output
+    path = default_folder() / name if output is None else output / name if is_folder else output
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()

@@ -8,11 +8,11 @@ from typing import Any
 
 import timm
 import torch
-from _common import UsageError
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import t2t_fast
+from t2t_fast.bench.common import UsageError
 from t2t_fast.macs import Macs, count_macs
 
 # The ViT-S/16 that the paper compares with: timm's at that time, 768 channels in 8 layers; today's has DeiT-S's size.
