@@ -19,7 +19,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils.flop_counter import FlopCounterMode
 
 from t2t_fast import ops
-from t2t_fast.bench import kernels
+from t2t_fast.bench import kernels, tables
 from t2t_fast.bench.cases import CASES, exact_step, runners, step, tensors_of, worst_error
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -33,7 +33,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_op_has_a_case() -> None:
     # token_performer is the second half of soft_split_performer, soft_split a copy.
-    assert {case.op for case in CASES} == set(ops.__all__) - {"token_performer", "soft_split"}
+    assert {case.op for case in CASES} - {"tokens_to_token"} == set(ops.__all__) - {"token_performer", "soft_split"}
 
 
 def test_table_and_result_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -47,6 +47,22 @@ def test_table_and_result_file(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert {("se_gate", "reference"), ("se_gate", "aten"), ("add_layer_norm", "aten")} <= timed
     assert all(row["passed"] and row.get("error", 0) < 1e-5 for row in result["rows"])
     assert "over floor" in capsys.readouterr().out
+
+
+def test_the_tokens_to_token_module(tmp_path: Path) -> None:
+    """Of both models: auto beside the definition, forward and in a training step."""
+    path = tmp_path / "kernels.json"
+    arguments = ["--ops", "tokens_to_token", "--batch-size", "1", "--no-compile", "--device", "cpu"]
+    assert kernels.main([*arguments, "--output", str(path)]) == 0
+    result = json.loads(path.read_text())
+    timed = [(row["use"], row["variant"]) for row in result["rows"] if {"forward_s", "training_s"} <= row.keys()]
+    models = ("t2t_vit_14", "t2t_vit_t_14")
+    assert timed == [(model, variant) for model in models for variant in ("reference", "auto")]
+    assert all(row["error"] < 1e-4 for row in result["rows"])
+    # The image and 196 tokens of 384 channels, and in training the image again and the gradient of the tokens.
+    work = result["work"]["tokens_to_token, t2t_vit_14"]
+    assert work["forward"]["bytes"] == 4 * (3 * 224**2 + 196 * 384) == work["training"]["bytes"] / 2
+    assert "| tokens_to_token, t2t_vit_t_14 | training |" in tables.kernels(result)
 
 
 @pytest.mark.parametrize("value", [float("nan"), 2.0])
@@ -177,7 +193,7 @@ def test_every_case_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
         return compile(function, backend=counters[-1], **options)
 
     monkeypatch.setattr(torch, "compile", counting)
-    small = [case for case in CASES if "3136" not in case.use]
+    small = [case for case in CASES if "3136" not in case.use and case.op != "tokens_to_token"]
     assert len(small) > 8
     with torch._dynamo.config.patch(recompile_limit=8):  # torch's own, whatever ran before
         for case in small:

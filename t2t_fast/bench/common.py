@@ -17,6 +17,8 @@ from typing import Any, NoReturn
 from t2t_fast.checks import UsageError
 
 OUTPUT_HELP = "file, or a folder for it; default: benchmarks/results/local of a checkout, else this folder"
+# How the kernel benchmark computes an op; auto is for a whole module.
+OP_VARIANTS = ("reference", "reference, compiled", "aten", "triton", "native", "auto")
 _ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -8,10 +8,10 @@ import sys
 from collections.abc import Sequence
 
 from .. import BackendUnavailable, CheckpointError, __version__
-from . import convert, env, export, list, macs, predict
+from . import bench, convert, env, export, list, macs, predict
 from .common import PROG, UsageError
 
-COMMANDS = (predict, macs, list, convert, export, env)
+COMMANDS = (predict, macs, list, convert, export, bench, env)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
