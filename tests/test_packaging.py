@@ -122,6 +122,9 @@ def test_regular_install_in_the_repository_root(archives: dict[str, Path], sourc
 
 def test_uninstalled_in_the_repository_root(source: Path, venv: Path) -> None:
     assert imported_from(venv, cwd=source) == [source / "t2t_fast", source / "kernels"]
+    result = next((source / "benchmarks" / "results").glob("cpu-*.json"))
+    output = run(venv / "bin" / "python", "benchmarks/compare.py", result, result, cwd=source)
+    assert "t2t_vit_14" in output
 
 
 USE_THE_EXTENSION = """

@@ -106,6 +106,12 @@ def result_path(output: Path | None, device: str, env: Mapping[str, Any], date: 
     return path
 
 
+def new_result(benchmark: str, date: datetime, command: str, env: Mapping[str, Any], **content: Any) -> dict[str, Any]:
+    """The content of a result file, without rows so far; ``content`` is what this benchmark has besides."""
+    start = {"benchmark": benchmark, "date": date.isoformat(timespec="seconds"), "command": command}
+    return {**start, **content, "environment": env, "rows": []}
+
+
 def command_line(script: str, argv: Sequence[str], left_out: Sequence[str] = ("--output",)) -> str:
     """What measured a result, to be run again; where the result went is no part of it."""
     kept, arguments = ["python", f"benchmarks/{script}.py"], iter(argv)

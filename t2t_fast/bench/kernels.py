@@ -31,6 +31,7 @@ from t2t_fast.bench.common import (
     OneLineParser,
     UsageError,
     command_line,
+    new_result,
     positive_int,
     positive_seconds,
     result_path,
@@ -141,20 +142,19 @@ def _measure_all(options: argparse.Namespace, argv: list[str]) -> tuple[Path, di
     torch.set_float32_matmul_precision("high" if on_gpu else precision)
     try:
         rates = bytes_per_second(device), operations_per_second(dtype, device)
-        result: dict[str, Any] = {
-            "benchmark": "kernels",
-            "date": date.isoformat(timespec="seconds"),
-            "command": command_line("kernels", argv, ("--output", "--time-budget")),
-            "device": device.type,
-            "hardware": hardware,
-            "dtype": str(dtype).removeprefix("torch."),
-            "batch_size": batch,
-            "bytes_per_second": rates[0],
-            "flops_per_second": rates[1],
-            "environment": env,
-            "work": {},
-            "rows": [],
-        }
+        result = new_result(
+            "kernels",
+            date,
+            command_line("kernels", argv, ("--output", "--time-budget")),
+            env,
+            device=device.type,
+            hardware=hardware,
+            dtype=str(dtype).removeprefix("torch."),
+            batch_size=batch,
+            bytes_per_second=rates[0],
+            flops_per_second=rates[1],
+            work={},
+        )
         cases = [case for case in CASES if case.op in options.ops]
         for case in track(cases, "measuring", console=Console(stderr=True), transient=True):
             if options.time_budget and time.perf_counter() - started > options.time_budget:

@@ -26,6 +26,7 @@ from t2t_fast.bench.common import (
     OneLineParser,
     UsageError,
     command_line,
+    new_result,
     positive_int,
     result_path,
     write_json,
@@ -158,15 +159,8 @@ def _measure_all(options: argparse.Namespace, argv: list[str]) -> tuple[Path, di
     env, date = collect_env(), datetime.now().astimezone()
     hardware = measuring.device_name(device, env)
     path = result_path(options.output, f"memory {hardware}", env, date)
-    result: dict[str, Any] = {
-        "benchmark": "memory",
-        "date": date.isoformat(timespec="seconds"),
-        "command": command_line("memory", argv),
-        "device": device.type,
-        "hardware": hardware,
-        "environment": env,
-        "rows": [],
-    }
+    command = command_line("memory", argv)
+    result = new_result("memory", date, command, env, device=device.type, hardware=hardware)
     work = [(model, variant) for model in names for variant in dict.fromkeys(options.variants)]
     for model, variant in track(work, "measuring", console=Console(stderr=True), transient=True):
         result["rows"].append(measure(model, variant, options, device))

@@ -22,6 +22,7 @@ from t2t_fast.bench.common import (
     OneLineParser,
     UsageError,
     command_line,
+    new_result,
     positive_int,
     positive_seconds,
     read_json,
@@ -239,22 +240,21 @@ class _Run:
         env = collect_env()
         hardware = measuring.device_name(self.device, env)
         self.path = result_path(options.output, hardware, env, date)
-        self.result: dict[str, Any] = {
-            "benchmark": "throughput",
-            "date": date.isoformat(timespec="seconds"),
-            "command": command_line("throughput", argv),
-            "device": self.device.type,
-            "hardware": hardware,
-            "seed": SEED,
-            "time_budget": options.time_budget,
-            "with_loader": options.with_loader,
-            "complete": False,
-            "passed": True,
-            "operations_per_second": {},
-            "rows": [],
-            "total_seconds": 0.0,
-            "environment": env,
-        }
+        self.result = new_result(
+            "throughput",
+            date,
+            command_line("throughput", argv),
+            env,
+            device=self.device.type,
+            hardware=hardware,
+            seed=SEED,
+            time_budget=options.time_budget,
+            with_loader=options.with_loader,
+            complete=False,
+            passed=True,
+            operations_per_second={},
+            total_seconds=0.0,
+        )
         if before is not None:
             _check_same(before, self.result)
             kept = ("rows", "date", "command", "operations_per_second")

@@ -38,6 +38,7 @@ from t2t_fast.bench.common import (
     OneLineParser,
     UsageError,
     command_line,
+    new_result,
     positive_int,
     positive_seconds,
     result_path,
@@ -239,17 +240,9 @@ def _tune_all(options: argparse.Namespace, argv: list[str]) -> tuple[Path, dict[
     arch, env, date = chip_of(device).arch, collect_env(), datetime.now().astimezone()
     path = result_path(options.output, f"tuning {chip}", env, date)
     torch.set_float32_matmul_precision("high")
-    result: dict[str, Any] = {
-        "benchmark": "tuning",
-        "date": date.isoformat(timespec="seconds"),
-        "command": command_line("tune", argv, ("--output", "--time-budget")),
-        "device": device.type,
-        "hardware": chip,
-        "environment": env,
-        "rows": [],
-        "skipped": [],
-        "snippets": [],
-    }
+    command = command_line("tune", argv, ("--output", "--time-budget"))
+    lists: dict[str, list[str]] = {"skipped": [], "snippets": []}
+    result = new_result("tuning", date, command, env, device=device.type, hardware=chip, **lists)
     write_json(path, result)
     started = time.perf_counter()
     for table, kind in ((table, kind) for kind in options.kinds for table in options.tables):

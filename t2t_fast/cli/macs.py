@@ -122,14 +122,8 @@ def _save(rows: list[dict[str, Any]], args: argparse.Namespace) -> Path:
     sizes = dict.fromkeys("x".join(map(str, dict.fromkeys(row["image_size"]))) for row in rows)
     path = bench.result_path(args.output, f"macs-{'-'.join(sizes)}px", env, date)
     size = ["--img-size", *map(str, args.img_size)] if args.img_size else []
-    content = {
-        "benchmark": "macs",
-        "date": date.isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "-m", "t2t_fast", "macs", *args.models, *size]),
-        "rows": rows,
-        "environment": env,
-    }
-    bench.write_json(path, content)
+    command = shlex.join(["python", "-m", "t2t_fast", "macs", *args.models, *size])
+    bench.write_json(path, bench.new_result("macs", date, command, env) | {"rows": rows})
     return path
 
 

@@ -33,7 +33,7 @@ def can_run(
 def is_slower(
     x: Tensor, w_reduce: Tensor, w_expand: Tensor, residual: Tensor | None, branch_scale: Tensor | None
 ) -> str | None:
-    """None, or why ``auto`` passes it over (measured by benchmarks/se_mlp.py)."""
+    """None, or why ``auto`` passes it over (measured: benchmarks/results/se-*.json)."""
     if x.device.type != "cpu" or x.dtype in (torch.float16, torch.bfloat16):
         return None
     if x.shape[0] < library.num_threads():

@@ -53,7 +53,7 @@ def can_run(
 
 
 def is_slower(x: Tensor, *rest: Tensor | None) -> str | None:
-    """None, or why ``auto`` passes it over (measured by benchmarks/se_mlp.py)."""
+    """None, or why ``auto`` passes it over (measured: benchmarks/results/se-*.json)."""
     if x.device.type == "cpu" and x.shape[0] < library.num_threads():
         return "fewer images than threads: the products are all that counts, and the library's are as fast"
     return None
