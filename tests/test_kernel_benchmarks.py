@@ -19,7 +19,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils.flop_counter import FlopCounterMode
 
 from t2t_fast import ops
-from t2t_fast.bench import kernels, tables
+from t2t_fast.bench import kernels, rates, tables
 from t2t_fast.bench.cases import CASES, exact_step, runners, step, tensors_of, worst_error
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -27,8 +27,17 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every timing is one call."""
+    """Every timing is one call, and the machine's rates are made up."""
     monkeypatch.setattr(kernels, "median_seconds", lambda function, device: function() is None or 1e-3)
+    monkeypatch.setattr(kernels, "bytes_per_second", lambda device: 1e10)
+    monkeypatch.setattr(kernels, "operations_per_second", lambda dtype, device: 1e11)
+
+
+def test_rates_of_this_machine() -> None:
+    """A copy of memory and a product of matrices, in bytes and operations per second: within what CPUs have."""
+    device = torch.device("cpu")
+    assert 1e8 < rates.bytes_per_second(device) < 1e13
+    assert 1e8 < rates.operations_per_second(torch.float32, device) < 1e15
 
 
 def test_every_op_has_a_case() -> None:
@@ -42,7 +51,9 @@ def test_table_and_result_file(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert kernels.main([*arguments, "--output", str(path)]) == 0
     result = json.loads(path.read_text())
     assert list(result["work"]) == ["add_layer_norm, 384", "se_gate, 384"]
-    assert result["work"]["se_gate, 384"]["forward"]["bytes"] == 2 * 197 * 384 * 4
+    work = result["work"]["se_gate, 384"]["forward"]
+    assert work["bytes"] == 2 * 197 * 384 * 4
+    assert work["floor_s"] == work["bytes"] / 1e10  # no products: the bytes decide
     timed = {(row["op"], row["variant"]) for row in result["rows"] if "forward_s" in row and "training_s" in row}
     assert {("se_gate", "reference"), ("se_gate", "aten"), ("add_layer_norm", "aten")} <= timed
     assert all(row["passed"] and row.get("error", 0) < 1e-5 for row in result["rows"])
