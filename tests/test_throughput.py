@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Callable
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,12 @@ import pytest
 import torch
 from PIL import Image
 
-from t2t_fast.bench import common, measuring, models, rates, throughput
+from t2t_fast.bench import measuring, models, rates, throughput
 from t2t_fast.bench.common import write_json
 from t2t_fast.bench.images import load_images
 from t2t_fast.bench.measuring import errors
 from t2t_fast.bench.tables import quantile
 from t2t_fast.bench.variants import Row
-from t2t_fast.checks import UsageError
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 TINY = ["--device", "cpu", "--img-size", "64", "--batch-size", "2", "--repeats", "2"]
@@ -309,33 +307,6 @@ def test_with_the_loader(tmp_path: Path, shards: bool) -> None:
     assert throughput.main([*TINY, *arguments, str(folder.parent), "--output", str(path)]) == 0
     assert read(path)["with_loader"] is True
     assert "3 images" in read(path)["images"]
-
-
-def test_without_the_optional_packages(tmp_path: Path) -> None:
-    """As on a machine with a GPU and without a network: all that gpu_report.py runs is imported, one is run."""
-    arguments = [*TINY, "--models", "t2t_vit_7", "--variants", "auto", "--synthetic", "--output"]
-    code = f"""
-import sys
-sys.modules |= dict.fromkeys(("rich", "matplotlib", "sklearn", "webdataset"))
-from t2t_fast.bench import compare, gpu_report, kernels, memory, report, resources, scaling, throughput, tune
-sys.exit(throughput.main({[*arguments, str(tmp_path / "run.json")]!r}))
-"""
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert run.returncode == 0, run.stderr
-    assert any(line.split()[:2] == ["t2t_vit_7", "auto"] for line in run.stdout.splitlines()), run.stdout
-    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
-
-
-def test_without_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Results go to the working directory; what works on the project's files says so."""
-    env = {"torch": "2.15.0+cpu", "triton": None}
-    date = datetime(2026, 1, 2)
-    assert common.result_path(None, "cpu", env, date).parent == BENCHMARKS / "results" / "local"
-    monkeypatch.setattr(common, "_ROOT", tmp_path / "site-packages")
-    monkeypatch.chdir(tmp_path)
-    assert common.result_path(None, "cpu", env, date) == tmp_path / "cpu_torch2.15.0_20260102-000000.json"
-    with pytest.raises(UsageError, match="this needs a checkout of the project"):
-        common.checkout()
 
 
 def test_a_gradient_that_is_missing_is_noticed() -> None:
