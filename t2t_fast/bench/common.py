@@ -45,7 +45,7 @@ class OneLineParser(argparse.ArgumentParser):
     """A parser whose errors are one line, without the usage in front."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message.removeprefix('argument ')}\n")
+        self.exit(2, f"{self.prog}: error: {' '.join(message.removeprefix('argument ').split())}\n")
 
 
 def positive_int(text: str) -> int:

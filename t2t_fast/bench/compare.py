@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from t2t_fast.bench.common import OneLineParser, UsageError, positive_number, read_json
+from t2t_fast.bench.tables import Result, Row, normalised
 from t2t_fast.bench.terminal import Console, Table
 
 RESAMPLINGS = 10_000
@@ -31,15 +32,10 @@ BROKEN = ("wrong", "failed", "out of memory")
 Key = tuple[Any, ...]
 
 
-def rows_by_key(result: dict[str, Any]) -> dict[Key, dict[str, Any]]:
-    """The rows by what tells them apart; older files have a backend, and what all rows share once."""
-    found: dict[Key, dict[str, Any]] = {}
-    for row in result["rows"]:
-        sizes = tuple(row.get(name, result.get(name)) for name in ("batch_size", "img_size"))
-        precision = row.get("precision", result.get("dtype"))
-        variant = row.get("variant", row.get("backend"))
-        found[(row["model"], variant, row.get("mode", "inference"), precision, *sizes)] = row
-    return found
+def rows_by_key(result: Result) -> dict[Key, Row]:
+    """The rows by what tells them apart."""
+    names = ("model", "variant", "mode", "precision", "batch_size", "img_size")
+    return {tuple(row[name] for name in names): row for row in normalised(result)}
 
 
 def interval(before: Sequence[float], after: Sequence[float]) -> tuple[float, float, float]:

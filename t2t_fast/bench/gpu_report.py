@@ -360,7 +360,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with held_signals() as seen:
             return _report(options, seen)
     except UsageError as error:
-        parser.error(" ".join(str(error).split()))
+        parser.error(str(error))
 
 
 def _report(options: argparse.Namespace, seen: Sequence[int]) -> int:

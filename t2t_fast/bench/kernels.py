@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         path, result = _measure_all(options, argv)
     except UsageError as error:
-        parser.error(" ".join(str(error).split()))
+        parser.error(str(error))
     console = Console(highlight=False)
     console.width = max(console.width, 150)
     console.print(table_of(result))

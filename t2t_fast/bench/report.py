@@ -183,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if not options.check:
                     write_text(root / name, filled)
     except UsageError as error:
-        parser.error(" ".join(str(error).split()))
+        parser.error(str(error))
     if options.check:
         for name in stale:
             print(f"{name} disagrees with benchmarks/results: run python benchmarks/report.py")

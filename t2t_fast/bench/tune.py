@@ -218,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         path, result = _tune_all(options, argv)
     except UsageError as error:
-        parser.error(" ".join(str(error).split()))
+        parser.error(str(error))
     for row in result["rows"]:
         best = row["status"] if row["best"] is None else f"best {row['best']:.3f}"
         print(f"{row['table']}, {row['kind']}: {row['tried']} tried, {len(row['failed'])} failed, {best}")
