@@ -11,14 +11,17 @@ _sibling = _os.path.join(_os.path.dirname(_os.path.dirname(_os.path.abspath(__fi
 if not _os.path.isdir(_os.path.join(__path__[0], "kernels")) and _os.path.isdir(_sibling):
     __path__.append(_os.path.dirname(_sibling))
 
-from . import ops
-from .dispatch import BackendUnavailable, explain, use_backend
-from .models import T2TViT, T2TViTDense, create_model, list_models
-from .models.checkpoints import CheckpointError, load_checkpoint, save_checkpoint
-from .models.export import ExportError, export
-from .models.freeze import FrozenT2TViT, freeze
-from .models.graph_runner import GraphRunner
-from .models.optimize import optimize
+from .startup import importing as _importing
+
+with _importing():
+    from . import ops
+    from .dispatch import BackendUnavailable, explain, use_backend
+    from .models import T2TViT, T2TViTDense, create_model, list_models
+    from .models.checkpoints import CheckpointError, load_checkpoint, save_checkpoint
+    from .models.export import ExportError, export
+    from .models.freeze import FrozenT2TViT, freeze
+    from .models.graph_runner import GraphRunner
+    from .models.optimize import optimize
 
 __all__ = [
     "BackendUnavailable",

@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+import math
+import numbers
+import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.types import Device
+
+from .numerics import is_autocast
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+LARGEST = 2**31 - 1  # of counts and sizes
+
+
+def factory_options(device: Device, dtype: torch.dtype | None) -> dict[str, Any]:
+    """Those of torch's factory arguments that are given, so that modules without them can be made, too.
+
+    Raises:
+        TypeError: ``dtype`` is no floating-point dtype.
+    """
+    if dtype is not None and dtype not in FLOAT_DTYPES:
+        raise TypeError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype!r}")
+    options = {"device": device, "dtype": dtype}
+    return {name: option for name, option in options.items() if option is not None}
 
 
 class UsageError(Exception):
@@ -15,11 +35,13 @@ class UsageError(Exception):
 
 
 def check_tensor(name: str, value: object, ndim: int | tuple[int, ...]) -> None:
-    """Raise unless ``value`` is a floating-point tensor with one of the given numbers of dimensions."""
+    """Raise unless ``value`` is a dense floating-point tensor with one of the given numbers of dimensions."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} has layout {value.layout}; accepted: torch.strided (value.to_dense())")
     if value.dtype not in FLOAT_DTYPES:
-        accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES)
+        accepted = ", ".join(map(_word, FLOAT_DTYPES))
         raise TypeError(f"{name} has dtype {value.dtype}; accepted: {accepted}")
     accepted_ndim = (ndim,) if isinstance(ndim, int) else ndim
     if value.ndim not in accepted_ndim:
@@ -34,26 +56,109 @@ def check_shape(name: str, value: Tensor, shape: Sequence[int | torch.SymInt], m
         raise ValueError(f"{name} must have shape {meaning} = {tuple(shape)}, got {tuple(value.shape)}")
 
 
-def as_pair(name: str, value: int | Sequence[int], minimum: int) -> tuple[int, int]:
-    """An int or a pair of ints as a pair, each at least ``minimum``."""
-    pair = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, Sequence) else ()
-    is_pair = len(pair) == 2 and all(isinstance(v, (int, torch.SymInt)) and not isinstance(v, bool) for v in pair)
-    if not is_pair or isinstance(value, bool):
+def check_same_device(name: str, value: Tensor, *others: tuple[str, Tensor | None]) -> None:
+    """Raise unless the ``others``, pairs of name and tensor, are on the device of ``value``."""
+    device = value.device
+    for other_name, other in others:
+        if other is not None and other.device != device:
+            raise ValueError(f"{name} is on {device}, {other_name} on {other.device}; move one of them")
+
+
+def check_alike(name: str, value: Tensor, *others: tuple[str, Tensor | None]) -> None:
+    """Raise unless the ``others``, pairs of name and tensor, have the device and the dtype of ``value``.
+
+    Under autocast the ops cast, to and from anything but float64.
+    """
+    check_same_device(name, value, *others)
+    dtype = value.dtype
+    for other_name, other in others:
+        if other is None or other.dtype == dtype:
+            continue
+        if not is_autocast(value) or torch.float64 in (value.dtype, other.dtype):
+            raise TypeError(
+                f"{name} has dtype {_word(value.dtype)}, {other_name} {_word(other.dtype)}; cast one of them, or run "
+                "under torch.autocast (which leaves float64 as it is)"
+            )
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def as_pair(name: str, value: object, minimum: int) -> tuple[int, int]:
+    """An integer or a pair of integers as a pair, each at least ``minimum``; see :func:`as_integer`."""
+    items = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value, value)
+    pair = [as_integer(item) for item in items]
+    if len(pair) != 2 or pair[0] is None or pair[1] is None:
         raise TypeError(f"{name} must be an int or a pair of ints, got {value!r}")
-    if min(pair) < minimum:
+    if min(pair[0], pair[1]) < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value!r}")
+    if any(type(item) is int and item > LARGEST for item in pair):
+        raise ValueError(f"{name} must be at most {LARGEST}, got {value!r}")
     return pair[0], pair[1]
 
 
-def check_count(name: str, value: object, minimum: int) -> None:
-    """Raise unless ``value`` is an int of at least ``minimum``."""
-    if not isinstance(value, int) or isinstance(value, bool):
+def check_count(name: str, value: object, minimum: int) -> int:
+    """``value`` as a plain int; raise unless it is an integer of at least ``minimum``. See :func:`as_integer`."""
+    count = as_integer(value)
+    if count is None:
         raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    if count < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {count}")
+    if count > LARGEST:
+        raise ValueError(f"{name} must be at most {LARGEST}, got {count}")
+    return count
 
 
-def check_probability(name: str, value: float) -> None:
-    """Raise unless ``value`` is a dropout rate."""
-    if not 0.0 <= value < 1.0:
+def as_integer(value: object) -> int | None:
+    """Anything with ``__index__`` (NumPy's integers, too) as a plain int, but for truth values: those give None.
+
+    Sizes that a graph leaves open stay what they are: ``torch.SymInt``, and tensors while ``torch.jit.trace`` runs.
+    """
+    if type(value) is int or isinstance(value, torch.SymInt) or (torch.jit.is_tracing() and isinstance(value, Tensor)):
+        return value  # type: ignore[return-value]
+    if isinstance(value, bool) or getattr(value, "dtype", None) is torch.bool:
+        return None
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
+def check_real(name: str, value: object) -> float:
+    """``value`` as a float; raise unless it is a finite real number (NumPy's are taken, truth values are not)."""
+    number = _as_real(name, value)
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be finite, got {value!r}")
+    return number
+
+
+def check_epsilon(name: str, value: object) -> float:
+    """``value`` as a float; raise unless it is a finite number that is not negative."""
+    number = check_real(name, value)
+    if number < 0:
+        raise ValueError(f"{name} must be at least 0, got {value!r}")
+    return number
+
+
+def check_probability(name: str, value: object) -> float:
+    """``value`` as a float; raise unless it is a dropout rate."""
+    rate = _as_real(name, value)
+    if not 0.0 <= rate < 1.0:
         raise ValueError(f"{name} must be in [0, 1), got {value}")
+    return rate
+
+
+def _as_real(name: str, value: object) -> float:
+    if not isinstance(value, (int, float, numbers.Real)) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise ValueError(f"{name} must be finite, got a number that no float holds") from error
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise unless ``value`` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")

@@ -373,7 +373,7 @@ def test_convert_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         ((tmp_path / "damaged.pth", "c.pth"), "damaged.pth: cannot be read as a checkpoint: the file is empty"),
         ((source, tmp_path / "c.pth", "--to", "mmpretrain"), "a.pth.tar: name='tokens_to_token.attention1.w'"),
         ((source, tmp_path / "c.onnx"), "c.onnx' must end in .pth"),
-        ((source, tmp_path / "absent" / "c.pth"), f"{tmp_path / 'absent' / 'c.pth'}: No such file"),
+        ((source, tmp_path / "absent" / "c.pth"), f"{tmp_path / 'absent' / 'c.pth'}: no such folder"),
     ):
         assert run_convert(*arguments) == 2
         (line,) = capsys.readouterr().err.splitlines()

@@ -272,7 +272,8 @@ def test_bad_files_are_named_and_the_rest_goes_on(
     assert "Traceback" not in err
 
     code, out, err = run(capsys, "predict", tmp_path / "bad", *common)
-    assert (code, out) == (2, "")
+    assert (code, json.loads(out)["images"]) == (2, [])
+    assert {Path(failure["file"]).name for failure in json.loads(out)["failed"]} == set(bad)
     assert "empty.jpg: the file is empty" in err
     code, _, err = run(capsys, "predict", tmp_path / "no*.gif", *common)
     assert code == 2
@@ -376,10 +377,9 @@ def test_json_file_is_whole_or_absent(
         (["--checkpoint", "x.pth", "--pretrained"], "two sources of weights"),
         (["--model", "t2t_vit_7", "--img-size", "8"], "img_size must be at least 16"),
         (["--img-size", "1", "2", "3"], "--img-size takes H or H W"),
-        (["--json", "absent/out.json"], "--json absent/out.json: not a file in an existing folder"),
+        (["--json", "absent/out.json"], "absent/out.json: no such folder"),
         (["--device", "nonsense"], "--device nonsense cannot be used here"),
         ([*SMALL, "--class-names", "absent.txt"], "absent.txt: No such file"),
-        ([*SMALL, "--backend", "native"], "native"),
     ],
 )
 def test_user_errors_are_one_line(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from small_models import FAMILIES, relative_error, seeded_images, small, smallest
+from timm.utils.onnx import onnx_export, onnx_forward
 from torch import Tensor
 
 import t2t_fast
@@ -128,7 +130,7 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         t2t_fast.export(model, tmp_path / "model.onnx", "aoti")
     with pytest.raises(ValueError, match="format='trt' is unknown; accepted: onnx, torch, aoti"):
         t2t_fast.export(model, tmp_path / "model.onnx", "trt")
-    with pytest.raises(ValueError, match="max_batch must be at least 4, got 1"):
+    with pytest.raises(ValueError, match="max_batch must be at least 4 and at most 2147483647, got 1"):
         t2t_fast.export(model, tmp_path / "model.onnx", max_batch=1)
     monkeypatch.setattr(module, "_has", lambda name: name != "onnxscript")
     with pytest.raises(t2t_fast.ExportError, match="writing ONNX needs onnxscript: pip install onnxscript"):
@@ -155,3 +157,26 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "exists; pass --force to overwrite it" in capsys.readouterr().err
     assert main(["export", str(tmp_path / "none" / "model.onnx")]) == 2
     assert "no such folder" in capsys.readouterr().err
+
+
+@every_family
+def test_onnx_by_the_default_exporter_of_timm(name: str, tmp_path: Path) -> None:
+    """Which is the one for TorchScript, with any height and width if the model takes them."""
+    path = str(tmp_path / "model.onnx")
+    model = smallest(name, img_size=64, dynamic_img_size=True).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that exporter is deprecated
+        onnx_export(model, path, example_input=seeded_images(2, 64, 64), check_forward=True, dynamic_size=True)
+    for batch, *size in ((1, 64, 64), (3, 96, 48), (2, 47, 81)):
+        images = seeded_images(batch, *size)
+        assert relative_error(torch.from_numpy(onnx_forward(path, images)), model(images)) < 1e-5
+
+
+@pytest.mark.slow
+def test_onnx_with_open_height_and_width(tmp_path: Path) -> None:
+    path = str(tmp_path / "model.onnx")
+    model = smallest("t2t_vit_t_14", img_size=64, dynamic_img_size=True).eval()
+    onnx_export(model, path, example_input=seeded_images(2, 64, 64), dynamic_size=True, use_dynamo=True)
+    for size in ((64, 64), (96, 48)):
+        images = seeded_images(2, *size)
+        assert relative_error(torch.from_numpy(onnx_forward(path, images)), model(images)) < 1e-5

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import assert_close, gradients, leaves, skip_unless_possible
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import t2t_fast
 from t2t_fast import ops
+from t2t_fast.layers.packed_linear import PackedLinear
 
 BACKENDS = ("reference", "aten", "triton")
 SHAPES = [(2, 19, 32, 96), (1, 1, 5, 3), (3, 50, 64, 1), (0, 4, 6, 7)]  # images, tokens, channels in and out
@@ -119,3 +122,27 @@ def test_bad_input_is_named() -> None:
         ops.linear(x[..., :3], weight, bias)
     with pytest.raises(ValueError, match=r"bias must have shape \(rows of weight,\) = \(5,\), got \(4,\)"):
         ops.linear(x, weight, bias[:4])
+
+
+class LibraryCounter(TorchDispatchMode):
+    """Counts multiply-accumulates of the library's products alone, as ptflops does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.macs = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.addmm.default, torch.ops.aten.mm.default):
+            left, right = args[-2:]
+            self.macs += left.shape[0] * left.shape[1] * right.shape[1]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_counters_see_library_products(gradients: bool) -> None:
+    x, weight, bias = torch.randn(2, 7, 6), torch.randn(5, 6), torch.randn(5)
+    packed = PackedLinear(nn.Linear(6, 5))
+    with torch.set_grad_enabled(gradients), LibraryCounter() as counter:
+        ops.linear(x, weight.requires_grad_(), bias)
+        packed(x)
+    assert counter.macs == 2 * (2 * 7 * 6 * 5)

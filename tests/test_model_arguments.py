@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from typing import Any
 
@@ -79,11 +80,54 @@ def test_attention_dropout_alone_is_at_work_in_training(name: str, backend: str)
         ({"token_dim": 0}, ValueError, "token_dim must be at least 1, got 0"),
         ({"depth": 0}, ValueError, "depth must be at least 1, got 0"),
         ({"drop_path_rate": 1.5}, ValueError, r"drop_path_rate must be in \[0, 1\), got 1.5"),
+        ({"drop_rate": "0.1"}, TypeError, "drop_rate must be a number, got '0.1'"),
+        ({"attn_drop_rate": float("nan")}, ValueError, r"attn_drop_rate must be in \[0, 1\), got nan"),
+        ({"token_drop_rate": True}, TypeError, "token_drop_rate must be a number, got True"),
+        ({"num_classes": 10.0}, TypeError, "num_classes must be an int, got 10.0"),
+        ({"num_classes": True}, TypeError, "num_classes must be an int, got True"),
+        ({"num_classes": 10**20}, ValueError, "num_classes must be at most 2147483647, got 1000"),
+        ({"num_heads": 2.0}, TypeError, "num_heads must be an int, got 2.0"),
+        ({"num_heads": "4"}, TypeError, "num_heads must be an int, got '4'"),
+        ({"mlp_ratio": "3"}, TypeError, "mlp_ratio must be a number, got '3'"),
+        ({"mlp_ratio": float("inf")}, ValueError, "mlp_ratio must be finite, got inf"),
+        ({"mlp_ratio": -1}, ValueError, "mlp_ratio must leave at least one hidden channel of 256, got -1"),
+        ({"qk_scale": "a"}, TypeError, "qk_scale must be a number, got 'a'"),
+        ({"qk_scale": float("nan")}, ValueError, "qk_scale must be finite, got nan"),
+        ({"qkv_bias": "False"}, TypeError, "qkv_bias must be True or False, got 'False'"),
+        ({"img_size": 32.5}, TypeError, "img_size must be an int or a pair of ints, got 32.5"),
+        ({"img_size": (32, "32")}, TypeError, r"img_size must be an int or a pair of ints, got \(32, '32'\)"),
+        ({"img_size": 10**21}, ValueError, "img_size must be at most 2147483647, got 1000"),
+        ({"dynamic_img_size": 2}, TypeError, "dynamic_img_size must be True or False, got 2"),
+        ({"token_dim": 1}, ValueError, r"a Performer token layer needs token_dim \* 0.5 >= 1, got token_dim=1"),
+        ({"embed_dim": 8, "block_type": "se"}, ValueError, "gate needs a width of at least 16, got 8"),
+        ({"dtype": torch.int8}, TypeError, "dtype must be float16, bfloat16, float32 or float64, got torch.int8"),
+        ({"not_an_argument": 1}, TypeError, "not_an_argument"),
     ],
 )
 def test_impossible_arguments_are_named(kwargs: dict[str, object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         t2t_fast.create_model("t2t_vit_7", **kwargs)
+
+
+@pytest.mark.parametrize("name", [3, True, b"t2t_vit_7", ["t2t_vit_7"]])
+def test_a_name_must_be_a_string(name: Any) -> None:
+    with pytest.raises(TypeError, match=re.escape(f"name must be a str, got {name!r}")):
+        t2t_fast.create_model(name)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"growth_rate": 0}, ValueError, "growth_rate must be at least 1, got 0"),
+        ({"growth_rate": 2.0}, TypeError, "growth_rate must be an int, got 2.0"),
+        ({"block_config": "11"}, TypeError, "block_config must be a sequence of ints, got '11'"),
+        ({"block_config": (1, 0)}, ValueError, "block_config must be at least 1, got 0"),
+        ({"block_config": (1, 1.5)}, TypeError, "block_config must be an int, got 1.5"),
+    ],
+)
+def test_impossible_arguments_of_dense_models(kwargs: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        T2TViTDense(**{"img_size": 32, "embed_dim": 32, "num_heads": 2, "block_config": (1, 1), **kwargs})
 
 
 def test_a_wrong_weight_tag_is_named() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Iterator
 
@@ -95,6 +96,32 @@ def test_function_transforms(name: str) -> None:
     assert relative_error(moved, numeric) < 1e-3
 
 
+@every_family
+@pytest.mark.parametrize("traced_with_gradients", [False, True])
+def test_a_traced_saved_and_loaded_model_trains(name: str, traced_with_gradients: bool) -> None:
+    """From the second call on TorchScript runs an optimised program."""
+    model, images = smallest(name, token_drop_rate=0.0).train(), seeded_images(2, 32, 32)
+    want, file = gradients(model, model, images), io.BytesIO()
+    with warnings.catch_warnings(), torch.set_grad_enabled(traced_with_gradients):
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.trace(model, images), file)
+    file.seek(0)
+    loaded = torch.jit.load(file)
+    for _ in range(3):
+        assert relative_error(gradients(loaded, loaded, images), want) < 1e-5
+
+
+@every_family
+def test_a_trace_serves_other_sizes(name: str) -> None:
+    model = smallest(name, img_size=64, dynamic_img_size=True).eval()
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(model, seeded_images(2, 64, 64))
+    for size in ((64, 64), (96, 48), (47, 81)):
+        images = seeded_images(3, *size)
+        assert relative_error(traced(images), model(images)) < 1e-5
+
+
 def test_jit_trace_of_another_size() -> None:
     model, images = small("t2t_vit_7", dynamic_img_size=True).eval(), seeded_images(2, 47, 33)
     with warnings.catch_warnings(), torch.no_grad():
@@ -113,6 +140,19 @@ def test_export(name: str) -> None:
     torch.testing.assert_close(static(images[:2]), model(images[:2]), rtol=1e-4, atol=1e-5)
     for batch in (1, 7):
         torch.testing.assert_close(dynamic(images[:batch]), model(images[:batch]), rtol=1e-4, atol=1e-5)
+
+
+@every_family
+def test_export_with_open_height_and_width(name: str) -> None:
+    """From an example of the size that the model was built for, which is no special case afterwards."""
+    model = smallest(name, img_size=64, dynamic_img_size=True).eval()
+    strict = name == "t2t_vit_7"  # the other way to export, too
+    sizes = {0: torch.export.Dim("batch", max=64), 2: torch.export.Dim("height", min=32, max=512)}
+    sizes[3] = torch.export.Dim("width", min=32, max=512)
+    program = torch.export.export(model, (seeded_images(2, 64, 64),), dynamic_shapes=(sizes,), strict=strict).module()
+    for size in ((64, 64), (96, 48), (47, 81)):
+        images = seeded_images(3, *size)
+        assert relative_error(program(images), model(images)) < 1e-5
 
 
 def gradients(function: nn.Module, model: nn.Module, images: Tensor) -> Tensor:

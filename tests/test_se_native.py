@@ -220,21 +220,17 @@ def test_exports_without_the_package(name: str) -> None:
     torch.testing.assert_close(program.module()(*tensors), call(name, tensors, **NATIVE))
 
 
-def test_torch_func_and_second_derivatives_are_refused_in_words() -> None:
+def test_torch_func_is_refused_in_words() -> None:
     tensors = arguments("se_gate")
     with pytest.raises(BackendUnavailable, match=r"torch\.func and forward-mode derivatives need library operations"):
         torch.func.vmap(lambda x: ops.se_gate(x[None], *tensors[1:], **NATIVE))(tensors[0])
     torch.func.vmap(lambda x: ops.se_gate(x[None], *tensors[1:]))(tensors[0])
-    x = tensors[0].requires_grad_()
-    (d_x,) = torch.autograd.grad(ops.se_gate(*tensors, **NATIVE).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="has no second derivative; take backend='aten'"):
-        d_x.sum().backward()
 
 
 def test_other_dtypes_and_devices_are_refused() -> None:
     tensors = arguments("se_mlp")
     tensors[0] = tensors[0].half()
-    with pytest.raises(BackendUnavailable, match=r"input is torch\.float16, a weight torch\.float32: outside autocast"):
+    with pytest.raises(TypeError, match="x has dtype float16, fc1_weight float32; cast one of them"):
         ops.se_mlp(*tensors, **NATIVE)
     meta = [t.to("meta") for t in arguments("se_gate")]
     with pytest.raises(BackendUnavailable, match="no code for devices of type 'meta'"):
@@ -259,7 +255,7 @@ def test_auto_takes_what_is_faster_on_the_cpu() -> None:
         assert taken(lambda: ops.se_gate(*gate)) == "aten"
         assert taken(lambda: ops.se_gate(*gate, residual=gate[0])) == "native"
         assert taken(lambda: ops.se_gate(*one, residual=one[0])) == "aten"
-        assert taken(lambda: ops.se_gate(one[0].bfloat16(), *one[1:])) == "native"
+        assert taken(lambda: ops.se_gate(*(t.bfloat16() for t in one))) == "native"
     finally:
         torch.set_num_threads(threads)
 

@@ -112,7 +112,7 @@ def test_gradcheck(backend: str) -> None:
     function = learned(backend=backend)
     assert torch.autograd.gradcheck(function, inputs, fast_mode=backend == "triton")
     assert torch.autograd.gradcheck(frozen(inputs, backend=backend), pick(inputs, ALL_BUT_W))
-    if backend != "triton":  # which refuses second derivatives
+    if backend != "triton":  # whose second derivatives test_second_derivatives.py compares
         assert torch.autograd.gradgradcheck(function, inputs)
     assert torch.autograd.gradcheck(hand_written(reference.forward, reference.backward, 10), (*inputs, *EXACT))
 

@@ -249,14 +249,6 @@ def test_a_captured_layer_draws_new_masks() -> None:
     assert not torch.equal(*replays)
 
 
-def test_second_derivatives_are_refused_in_words() -> None:
-    x, weight = image(1, 3, 8, 8), image(4, 27)
-    y = ops.soft_split_linear(x, weight, None, None, None, 3, 1, 1, backend="triton")
-    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="has no second derivative; take backend='aten'"):
-        dx.sum().backward()
-
-
 def test_flops_are_counted_as_for_the_literal_form() -> None:
     def flops(backend: str) -> int:
         tensors = [image(2, 3, 16, 16), image(8, 27), image(8), image(27), image(27)]
@@ -362,7 +354,7 @@ def test_other_hardware_takes_the_library(
 
 def test_other_dtypes_are_refused() -> None:
     x, weight = image(1, 3, 8, 8).half(), image(4, 27)
-    with pytest.raises(BackendUnavailable, match=r"the input is torch\.float16, the weight torch\.float32: outside"):
+    with pytest.raises(TypeError, match="x has dtype float16, weight float32; cast one of them"):
         ops.soft_split_linear(x, weight, None, None, None, 3, 1, 1, backend="triton")
 
 

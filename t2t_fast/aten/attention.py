@@ -14,7 +14,13 @@ from torch import Tensor
 
 from ..numerics import no_autocast, product_dtype
 from ..reference import attention as reference
-from .autograd import backward_by_hand, differentiable_backward, is_transformed, wants_gradient
+from .autograd import (
+    backward_by_hand,
+    differentiable_backward,
+    is_transformed,
+    wants_gradient,
+    wants_hand_written_backward,
+)
 
 _BLOCK = 1 << 20  # scores at a time: measured best of 2**18 to 2**22
 
@@ -26,7 +32,26 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float) -> 
         with no_autocast(q):
             q, k, v = (t.to(dtype) for t in (q, k, v))
             return _Blocks.apply(q, k, v, scale) if wants_gradient(q, k, v) else _by_blocks(q, k, v, scale)
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
+    y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
+    if dropout_p == 0 and wants_hand_written_backward(q, k, v):
+        return _TwiceDifferentiable.apply(y, q, k, v, scale)
+    return y
+
+
+class _TwiceDifferentiable(torch.autograd.Function):
+    """The library's result ``y`` as it is; second derivatives, which its kernels lack, are those of the reference."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        ctx.scale = scale
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if not torch.is_grad_enabled():
+            return grad, None, None, None, None
+        return None, *differentiable_backward(reference.forward, (*ctx.saved_tensors, ctx.scale, 0.0), grad)[:4]
 
 
 def _in_blocks(q: Tensor) -> bool:

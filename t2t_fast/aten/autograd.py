@@ -27,9 +27,19 @@ def may_overwrite(*factors: Tensor) -> bool:
     return not any(t.requires_grad for t in factors) and (torch.compiler.is_compiling() or not is_transformed())
 
 
+def add_to(fresh: Tensor, other: Tensor) -> Tensor:
+    """``fresh + other``, in the memory of ``fresh``, of which autograd needs nothing; but not where others watch."""
+    return fresh.add_(other) if may_overwrite() else fresh + other
+
+
 def is_transformed() -> bool:
     """Whether a tracer, torch.func or forward-mode differentiation watches: they need plain operations."""
     return torch.jit.is_tracing() or torch._C._are_functorch_transforms_active() or forward_mode()
+
+
+def in_dispatch_mode() -> bool:
+    """Whether a ``TorchDispatchMode`` sees every operation: counters of FLOPs, for one, know the library's alone."""
+    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
 
 
 @torch.compiler.assume_constant_result
@@ -62,7 +72,14 @@ def backward_by_hand(backward: Callable[..., tuple[Tensor | None, ...]]) -> Call
 def differentiable_backward(
     forward: Callable[..., Tensor], inputs: tuple[Any, ...], grad: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """Autograd's own gradients of ``forward(*inputs)``, themselves differentiable: for second derivatives."""
-    wanted = [t for t in inputs if isinstance(t, Tensor) and t.requires_grad]
-    found = iter(torch.autograd.grad(forward(*inputs), wanted, grad, create_graph=True))
+    """Autograd's own gradients of ``forward(*inputs)``, themselves differentiable: for second derivatives.
+
+    A backward takes them where gradients are enabled in it, which is what ``create_graph=True`` does.
+    """
+    # Views: one input may be another, or be computed from it, and each shall get its own part of the gradient.
+    views = tuple(t.view_as(t) if isinstance(t, Tensor) and t.requires_grad else t for t in inputs)
+    wanted = [t for t in views if isinstance(t, Tensor) and t.requires_grad]
+    with no_autocast(grad):
+        y = forward(*views)
+        found = iter(torch.autograd.grad(y, wanted, grad.to(y.dtype), create_graph=True))
     return tuple(next(found) if isinstance(t, Tensor) and t.requires_grad else None for t in inputs)

@@ -27,7 +27,12 @@ def forward(
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """LayerNorm over the channels. A frozen model's has no weights, and torch's CPU kernel takes twice as long then."""
-    return F.layer_norm(x, x.shape[-1:], *affine_for(x, weight, bias), eps)
+    return F.layer_norm(x, channels(x), *affine_for(x, weight, bias), eps)
+
+
+def channels(x: Tensor) -> tuple[int]:
+    """The shape that a LayerNorm over the channels has; a constant, too, where a tracer makes tensors of sizes."""
+    return (int(x.shape[-1]) if torch.jit.is_tracing() else x.shape[-1],)
 
 
 def affine_for(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
 from ..numerics import is_autocast, product_dtype
-from .autograd import is_exporting, is_transformed, may_overwrite, wants_gradient
+from .autograd import in_dispatch_mode, is_exporting, is_transformed, may_overwrite, wants_gradient
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
@@ -45,6 +45,8 @@ def why_not_onednn(x: Tensor, *weights: Tensor | None) -> str | None:
         return "oneDNN's operator is for float32, outside autocast"
     if is_transformed() or is_exporting():
         return "tracing, export, torch.func and forward-mode derivatives need library operations"
+    if in_dispatch_mode():
+        return "a TorchDispatchMode knows library operations"
     if any(type(t) not in (Tensor, nn.Parameter) or t.device != x.device for t in tensors) or x.numel() == 0:
         return "oneDNN's operator is for plain tensors with values"
     return None
@@ -67,6 +69,8 @@ def why_not_packed(x: Tensor, weight: Tensor) -> str | None:
         return "this CPU has no bfloat16 products"
     if torch.compiler.is_compiling() or is_transformed() or type(x) is not Tensor or x.numel() == 0:
         return "compilers, tracers and empty batches need library operations"
+    if in_dispatch_mode():
+        return "a TorchDispatchMode knows library operations"
     return None
 
 

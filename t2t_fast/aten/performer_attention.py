@@ -10,13 +10,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..numerics import compute_dtype, no_autocast
-from .autograd import backward_by_hand, differentiable_backward, is_exporting, wants_hand_written_backward
+from .autograd import (
+    backward_by_hand,
+    differentiable_backward,
+    is_exporting,
+    may_overwrite,
+    wants_hand_written_backward,
+)
 
 
 def features(z: Tensor, w: Tensor) -> Tensor:
     """phi(z) with 1/sqrt(m) moved into the exponent: (B, T, E) and (m, E) to (B, T, m)."""
-    shift = torch.linalg.vector_norm(z, dim=-1, keepdim=True).square().mul_(0.5).add_(0.5 * math.log(w.shape[0]))
-    return F.linear(z, w).sub_(shift).exp_()
+    norm, half_log = torch.linalg.vector_norm(z, dim=-1, keepdim=True), 0.5 * math.log(w.shape[0])
+    if may_overwrite():
+        return F.linear(z, w).sub_(norm.square().mul_(0.5).add_(half_log)).exp_()
+    return (F.linear(z, w) - (0.5 * norm.square() + half_log)).exp()
 
 
 def forward(k: Tensor, q: Tensor, v: Tensor, w: Tensor, eps: float) -> Tensor:

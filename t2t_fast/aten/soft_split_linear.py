@@ -18,7 +18,7 @@ from torch import Tensor
 from ..numerics import compute_dtype, ieee_float32, no_autocast, product_dtype
 from ..reference.soft_split import as_image, window_grid
 from . import soft_split
-from .autograd import backward_by_hand, differentiable_backward, may_overwrite, wants_hand_written_backward
+from .autograd import add_to, backward_by_hand, differentiable_backward, may_overwrite, wants_hand_written_backward
 
 Pair = tuple[int, int]
 
@@ -85,7 +85,7 @@ def _normed_convolution(
     y = _convolve(image, centred, None, kernel_size, stride, padding)
     # In place where possible: these are the largest tensors of the model.
     y = y.mul_(rstd * varied) if may_overwrite(y, rstd) else _zero_unless(varied, y, image.requires_grad) * rstd
-    return y.add_(offset[:, None, None]), mean, rstd, varied
+    return add_to(y, offset[:, None, None]), mean, rstd, varied
 
 
 def _zero_unless(varied: Tensor, products: Tensor, keep_gradient: bool) -> Tensor:
@@ -173,9 +173,9 @@ def patch_statistics(
         margins = (padding[1], padding[1], padding[0], padding[0])
         mean, var = F.pad(mean, margins), F.pad(var, margins)
     for dim, size, step in ((2, kernel_size[1], stride[1]), (1, kernel_size[0], stride[0])):
-        means = mean.unfold(dim, size, step)
+        means = soft_split.windows(mean, dim, size, step)
         mean = means.mean(dim=-1)
-        var = var.unfold(dim, size, step).mean(dim=-1) + (means - mean.unsqueeze(-1)).square().mean(dim=-1)
+        var = soft_split.windows(var, dim, size, step).mean(dim=-1) + (means - mean.unsqueeze(-1)).square().mean(dim=-1)
     varied = var > (4 * torch.finfo(mean.dtype).eps * mean).square()
     return mean.unsqueeze(1), torch.rsqrt(var + eps).unsqueeze(1), varied.unsqueeze(1)
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from ..numerics import compute_dtype, product_dtype
 from ..reference import token_performer as reference
 from . import performer_attention
-from .autograd import backward_by_hand, differentiable_backward, wants_hand_written_backward
-from .layer_norm_linear import affine_for
+from .autograd import add_to, backward_by_hand, differentiable_backward, wants_hand_written_backward
+from .layer_norm_linear import affine_for, channels
 from .performer_attention import attend_backward, attention_weights
 
 
@@ -44,7 +44,7 @@ def forward(
     masks = _dropout_mask(kqv, proj_drop), _dropout_mask(kqv, mlp_drop)
     if wants_hand_written_backward(*tensors):
         return _TokenPerformer.apply(*tensors, *masks, eps, norm_eps)[0]
-    return _token_performer(*tensors, *masks, eps, norm_eps)[0]
+    return forward_with_masks(*tensors, *masks, eps, norm_eps)[0]
 
 
 def _dropout_mask(kqv: Tensor, rate: float) -> Tensor | None:
@@ -55,7 +55,7 @@ def _dropout_mask(kqv: Tensor, rate: float) -> Tensor | None:
     return mask.bernoulli_(1 - rate).div_(1 - rate)
 
 
-def _token_performer(
+def forward_with_masks(
     kqv: Tensor,
     w: Tensor,
     proj_weight: Tensor,
@@ -77,22 +77,22 @@ def _token_performer(
     """
     k, q, v = kqv.chunk(3, dim=-1)
     phi_k, weights = attention_weights(k, q, w, eps)
-    y = (weights @ (phi_k.transpose(1, 2) @ v @ proj_weight.t())).add_(proj_bias)
-    y = (y if proj_mask is None else y.mul_(proj_mask)).add_(v)
+    y = add_to(weights @ (phi_k.transpose(1, 2) @ v @ proj_weight.t()), proj_bias)
+    y = add_to(y if proj_mask is None else y * proj_mask, v)
     affine = affine_for(y, norm_weight, norm_bias)
-    normed, mean, rstd = torch.native_layer_norm(y, (y.shape[-1],), *affine, norm_eps)
+    normed, mean, rstd = torch.native_layer_norm(y, channels(y), *affine, norm_eps)
     hidden = F.linear(normed, fc1_weight, fc1_bias)
     out = F.linear(F.gelu(hidden), fc2_weight, fc2_bias)
-    out = (out if mlp_mask is None else out.mul_(mlp_mask)).add_(y)
+    out = add_to(out if mlp_mask is None else out * mlp_mask, y)
     return out, phi_k, weights, y, mean, rstd, hidden
 
 
 class _TokenPerformer(torch.autograd.Function):
-    """:func:`_token_performer` with the gradient of :mod:`t2t_fast.reference.token_performer`, by hand."""
+    """:func:`forward_with_masks` with the gradient of :mod:`t2t_fast.reference.token_performer`, by hand."""
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        return _token_performer(*args)
+        return forward_with_masks(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -107,7 +107,7 @@ class _TokenPerformer(torch.autograd.Function):
         saved = ctx.saved_tensors  # unpacked once: checkpointing insists
         inputs, kept = saved[:12], saved[12:]
         if torch.is_grad_enabled():
-            return differentiable_backward(lambda *args: _token_performer(*args)[0], (*inputs, *ctx.rest), grad)
+            return differentiable_backward(lambda *args: forward_with_masks(*args)[0], (*inputs, *ctx.rest), grad)
         kqv, w, proj_weight, _, norm_weight, norm_bias, fc1_weight, _, fc2_weight, _, proj_mask, mlp_mask = inputs
         phi_k, weights, y, mean, rstd, hidden = kept
         k, q, v = kqv.chunk(3, dim=-1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import re
 import shlex
 import tempfile
@@ -14,6 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
+from t2t_fast import files
 from t2t_fast.checks import UsageError
 
 OUTPUT_HELP = "file, or a folder for it; default: benchmarks/results/local of a checkout, else this folder"
@@ -94,6 +94,8 @@ def result_path(output: Path | None, device: str, env: Mapping[str, Any], date: 
     """
     versions = "_".join(f"{name}{str(env[name]).partition('+')[0]}" for name in ("torch", "triton") if env[name])
     name = f"{slug(device)}_{versions}_{date:%Y%m%d-%H%M%S}.json"
+    if output is not None and output.exists() and not (output.is_file() or output.is_dir()):
+        return output  # a device or FIFO is written to directly
     is_folder = output is not None and (output.is_dir() or not output.suffix)  # a name without an ending is a folder
     path = default_folder() / name if output is None else output / name if is_folder else output
     try:
@@ -134,19 +136,20 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` whole or not at all.
+    """:func:`write_bytes` of ``text`` in UTF-8."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all, a device or FIFO directly.
 
     Raises:
         UsageError: The disk refuses.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        files.write_bytes(path, data)
     except OSError as error:
         raise UsageError(f"{path} could not be written ({error.strerror}); pass another path") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_json(option: str, path: Path) -> dict[str, Any]:

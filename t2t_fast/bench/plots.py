@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from t2t_fast.bench.common import write_bytes
 
 Row = dict[str, Any]
 
@@ -30,7 +33,9 @@ def _figure(path: Path, written: list[Path], **labels: Any) -> Iterator[Any]:
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize="small")
         for suffix, metadata in ((".svg", {"Date": None}), (".png", {"Software": None})):
-            figure.savefig(path.with_suffix(suffix), metadata=metadata, dpi=150)
+            picture = io.BytesIO()
+            figure.savefig(picture, format=suffix[1:], metadata=metadata, dpi=150)
+            write_bytes(path.with_suffix(suffix), picture.getvalue())
             written.append(path.with_suffix(suffix))
         plt.close(figure)
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
 from collections.abc import Sequence
 
-from .. import BackendUnavailable, CheckpointError, __version__
-from . import bench, convert, env, export, list, macs, predict
-from .common import PROG, UsageError
+from ..startup import importing
+
+with importing():
+    from .. import BackendUnavailable, CheckpointError, __version__
+    from . import bench, convert, env, export, list, macs, predict
+    from .common import PROG, Parser, UsageError, is_out_of_memory
+    from .streams import STANDARD_OUTPUT, flush_output, log_records_shown, printable, say, usable_streams
 
 COMMANDS = (predict, macs, list, convert, export, bench, env)
 
@@ -19,31 +21,47 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0, or what the command says; 2, with one line on stderr, for what only the user can mend; 130
-        after Ctrl-C. Other errors keep their traceback.
+        after Ctrl-C; 141 where the reader of a pipe is gone. Other errors keep their traceback.
+
+    Raises:
+        SystemExit: After ``--help`` and ``--version``, and with 2 for arguments that the parser refuses.
     """
-    parser = argparse.ArgumentParser(PROG, description="T2T-ViT, made fast. See COMMAND --help for each command.")
+    with usable_streams(), log_records_shown():
+        try:
+            try:
+                return _run(sys.argv[1:] if argv is None else argv)
+            finally:
+                flush_output()  # also after --help, which raises SystemExit
+        except (UsageError, CheckpointError, BackendUnavailable) as error:
+            return _report(str(error))
+        except OSError as error:
+            if isinstance(error, BrokenPipeError) and error.filename == STANDARD_OUTPUT:
+                return 141  # the reader, `head` for one, has seen enough
+            if error.filename is None:
+                raise
+            return _report(f"{printable(str(error.filename)) or repr('')}: {error.strerror}")
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return _report("out of memory; a smaller --img-size, --batch-size or model needs less")
+        except KeyboardInterrupt:
+            return 130
+
+
+def _run(argv: Sequence[str]) -> int:
+    for argument in argv:
+        if "\0" in argument:
+            raise UsageError(f"the argument {argument!r} contains a NUL character")
+    parser = Parser(PROG, description="T2T-ViT, made fast. See COMMAND --help for each command.")
     parser.add_argument("--version", action="version", version=f"{PROG} {__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     for command in COMMANDS:
         command.add_parser(subparsers)
     args = parser.parse_args(argv)
-    try:
-        code: int = args.run(args)
-        sys.stdout.flush()
-        return code
-    except (UsageError, CheckpointError, BackendUnavailable) as error:
-        return _report(str(error))
-    except BrokenPipeError:  # the reader, `head` for one, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except OSError as error:
-        if error.filename is None:
-            raise
-        return _report(f"{error.filename}: {error.strerror}")
-    except KeyboardInterrupt:
-        return 130
+    code: int = args.run(args)
+    return code
 
 
 def _report(message: str) -> int:
-    print(f"{PROG}: error:", " ".join(message.split()), file=sys.stderr)
+    say(f"error: {message}")
     return 2

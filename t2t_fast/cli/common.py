@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import secrets
 import sys
 import textwrap
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import torch
 from rich.console import Console
+from rich.table import Table
 
 from ..checks import UsageError
+from ..files import check_target, open_descriptor, write_text
+from .streams import PROG, one_line, write_output
 
-PROG = "t2t-fast"
+MAX_PIXELS = 8192  # a side; the tokens of such a square and their position table take gigabytes
+MAX_COUNT = 2**31 - 1
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, without the usage in front."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{PROG}: error: {one_line(message)} (see {self.prog} --help)\n")
 
 
 def add_command(subparsers: Any, name: str, description: str, examples: str) -> argparse.ArgumentParser:
@@ -30,19 +40,29 @@ def add_command(subparsers: Any, name: str, description: str, examples: str) -> 
     return parser
 
 
+def file_name(text: str) -> str:
+    """The name of a file, as an argparse type: what an unset variable of the shell leaves is none."""
+    if not text:
+        raise argparse.ArgumentTypeError("'' is not a file name")
+    return text
+
+
 def pixels(text: str) -> int:
     """A positive number of pixels, as an argparse type."""
-    return _positive(text, "a number of pixels")
+    return _positive(text, "a number of pixels", MAX_PIXELS)
 
 
 def count(text: str) -> int:
     """A positive integer, as an argparse type."""
-    return _positive(text, "a positive integer")
+    return _positive(text, "a positive integer", MAX_COUNT)
 
 
-def _positive(text: str, meaning: str) -> int:
-    if not (text.isdecimal() and int(text) > 0):
+def _positive(text: str, meaning: str, largest: int) -> int:
+    digits = text.lstrip("0")
+    if not (text.isdecimal() and digits):
         raise argparse.ArgumentTypeError(f"{text!r} is not {meaning} (names come before the options, or after --)")
+    if len(digits) > len(str(largest)) or int(text) > largest:  # Python refuses to read thousands of digits
+        raise argparse.ArgumentTypeError(f"{textwrap.shorten(text, 30)} is too large; accepted: up to {largest}")
     return int(text)
 
 
@@ -59,39 +79,44 @@ def image_size(values: list[int] | None) -> tuple[int, int] | None:
     return values[0], values[-1]
 
 
-def output_console() -> Console:
-    """Standard output. Where it is no terminal, lines are as long as they need to be, so that nothing is cut."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 10_000)
-
-
 def error_console() -> Console:
-    """Standard error, for messages and progress."""
+    """Standard error, for progress."""
     return Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 
-def printable(text: str) -> str:
-    """``text`` without what a file name may hold and a terminal cannot take: undecodable bytes and control codes."""
-    text = text.encode("utf-8", "backslashreplace").decode()
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+def write_table(table: Table) -> None:
+    """Write to standard output. Where it is no terminal, lines are as long as they need to be: nothing is cut."""
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 10_000)
+    with console.capture() as capture:
+        console.print(table)
+    write_output(capture.get())
 
 
-def check_json_target(target: str) -> None:
-    """Raise :class:`UsageError` now, not after the work, if :func:`write_json` could not write there."""
-    path = Path(target)
-    if target != "-" and (path.is_dir() or not path.absolute().parent.is_dir()):
-        raise UsageError(f"--json {target}: not a file in an existing folder")
+def means_standard_output(target: str) -> bool:
+    """Whether ``--json TARGET`` means standard output."""
+    return target == "-" or open_descriptor(target) == 1
 
 
 def write_json(data: Any, target: str = "-") -> None:
     """Write ``data`` to the file ``target``, whole or not at all, or to standard output for ``-``."""
     text = json.dumps(data, indent=2, allow_nan=False) + "\n"
-    if target == "-":
-        sys.stdout.write(text)
-        return
-    path = Path(target).resolve()  # a link is followed, not replaced
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    if means_standard_output(target):
+        write_output(text)
+    else:
+        write_text(target, text)
+
+
+def check_new(target: str, force: bool) -> None:
+    """Refuse to overwrite the file ``target`` without ``--force``, and what cannot be written to.
+
+    Raises:
+        UsageError, OSError: As said.
+    """
+    check_target(target)
+    if Path(target).is_file() and not force:
+        raise UsageError(f"{target}: exists; pass --force to overwrite it")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether ``error`` says that memory has run out, of the system or of a device."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)

@@ -9,13 +9,15 @@ from typing import Any
 from ..models.checkpoints import (
     Checkpoint,
     CheckpointError,
+    check_checkpoint_target,
     infer_architecture,
     lookalikes,
     read_checkpoint,
     save_checkpoint,
 )
-from ..models.layouts import LAYOUTS, LayoutError
-from .common import UsageError, add_command
+from ..models.layouts import LAYOUTS
+from .common import UsageError, add_command, check_new, file_name
+from .streams import printable, write_output
 
 
 def add_parser(subparsers: Any) -> None:
@@ -31,8 +33,8 @@ def add_parser(subparsers: Any) -> None:
         t2t-fast convert training/last.pth.tar plain.pth --no-ema --force
         """,
     )
-    parser.add_argument("source", metavar="SRC", help=".pth, .pth.tar, .pt, .safetensors or .npz of any layout")
-    parser.add_argument("target", metavar="DST", help=".pth, .pth.tar, .pt, .safetensors or .npz")
+    parser.add_argument("source", type=file_name, metavar="SRC", help="a file of any layout, with a suffix as of DST")
+    parser.add_argument("target", type=file_name, metavar="DST", help=".pth, .pth.tar, .pt, .safetensors or .npz")
     parser.add_argument("--to", choices=LAYOUTS, default="official", help="layout of DST (default: %(default)s)")
     parser.add_argument("--no-ema", action="store_true", help="take the plain weights where SRC has averaged ones too")
     parser.add_argument("--force", action="store_true", help="overwrite DST")
@@ -41,25 +43,22 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
-    _convert(Path(args.source), Path(args.target), args.to, use_ema=not args.no_ema, force=args.force)
-    return 0
-
-
-def _convert(source: Path, target: Path, layout: str, use_ema: bool, force: bool) -> None:
-    if target.exists() and not force:
-        raise UsageError(f"{target}: exists; pass --force to overwrite it")
-    checkpoint = read_checkpoint(source, use_ema)
-    print(f"read   {source}: {len(checkpoint.state_dict)} tensors from {checkpoint.source}, {checkpoint.layout} layout")
-    for note in checkpoint.notes:
-        print(f"       {note}")
-    print(f"model  {_describe_model(checkpoint)}")
+    source, target = args.source, args.target
+    check_checkpoint_target(target)
+    check_new(target, args.force)
+    checkpoint = read_checkpoint(source, use_ema=not args.no_ema)
+    tensors = f"{len(checkpoint.state_dict)} tensors from {checkpoint.source}, {checkpoint.layout} layout"
+    lines = [f"read   {source}: {tensors}", *(f"       {note}" for note in checkpoint.notes)]
+    lines.append(f"model  {_describe_model(checkpoint)}")
     try:
-        save_checkpoint(checkpoint.state_dict, target, layout, checkpoint.grid_size)
-    except LayoutError as error:
+        save_checkpoint(checkpoint.state_dict, target, args.to, checkpoint.grid_size)
+        size = f", {Path(target).stat().st_size / 1e6:.1f} MB" if Path(target).is_file() else ""
+        lines.append(f"wrote  {target}: {args.to} layout{size}")
+    except CheckpointError as error:  # of the weights: the name of the target has been checked
         raise UsageError(f"{source}: {error}") from error
-    except OSError as error:  # its own file name would be that of a temporary file
-        raise UsageError(f"{target}: {error.strerror or error}") from error
-    print(f"wrote  {target}: {layout} layout, {target.stat().st_size / 1e6:.1f} MB")
+    finally:
+        write_output("".join(f"{printable(line)}\n" for line in lines))
+    return 0
 
 
 def _describe_model(checkpoint: Checkpoint) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..env import collect_env, format_env
 from .common import add_command, write_json
+from .streams import write_output
 
 
 def add_parser(subparsers: Any) -> None:
@@ -30,5 +31,5 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         write_json(environment)
     else:
-        print(format_env(environment))
+        write_output(format_env(environment) + "\n")
     return 0

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..models.export import FORMATS, ExportError, export
+from ..models.export import FORMATS, ExportError, check_request, export
 from ..models.freeze import freeze
-from .common import UsageError, add_command, count, error_console, pixels
+from .common import UsageError, add_command, check_new, count, file_name, is_out_of_memory, pixels
 from .predict import DEFAULT_MODEL, load_model
+from .streams import printable, write_output
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -29,11 +29,12 @@ def add_parser(subparsers: Any) -> None:
         t2t-fast export t2t_vit_14.pt2 --pretrained --format aoti --dtype bfloat16
         """,
     )
-    parser.add_argument("target", metavar="DST", help=".onnx or .pt2")
+    parser.add_argument("target", type=file_name, metavar="DST", help=".onnx or .pt2")
     parser.add_argument("--format", choices=FORMATS, help="default: onnx for .onnx, torch for .pt2")
     parser.add_argument("--model", metavar="NAME", help=f"default: read off the checkpoint, else {DEFAULT_MODEL}")
-    parser.add_argument("--checkpoint", metavar="FILE", help="weights, of any layout that t2t-fast convert reads")
+    parser.add_argument("--checkpoint", type=file_name, metavar="FILE", help="weights, as t2t-fast convert reads them")
     parser.add_argument("--pretrained", action="store_true", help="download the released weights")
+    parser.add_argument("--random-weights", action="store_true", help="write an untrained model, to try a runtime")
     parser.add_argument("--img-size", nargs="+", type=pixels, metavar=("H", "W"), help="pixels (default: the model's)")
     parser.add_argument("--dtype", choices=DTYPES, help="of weights, images and logits (default: the checkpoint's)")
     parser.add_argument("--max-batch", type=count, default=1024, metavar="N", help="largest batch (%(default)s)")
@@ -43,20 +44,36 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
-    target = Path(args.target)
-    if target.exists() and not args.force:
-        raise UsageError(f"{target}: exists; pass --force to overwrite it")
-    if not target.absolute().parent.is_dir():
-        raise UsageError(f"{target}: no such folder")
-    model = load_model(args, error_console())
+    target, dtype = args.target, None if args.dtype is None else getattr(torch, args.dtype)
     try:
-        frozen = freeze(model, None if args.dtype is None else getattr(torch, args.dtype))
+        check_request(target, args.format, max_batch=args.max_batch, dtype=dtype)
+    except (ExportError, ValueError) as error:
+        raise UsageError(str(error)) from error
+    check_new(target, args.force)
+    _check_weights(args)
+    model = load_model(args)
+    try:
+        frozen = freeze(model, dtype)
     except RuntimeError as error:  # a range too small for the weights
+        if is_out_of_memory(error):
+            raise
         raise UsageError(str(error)) from error
     try:
         done = export(frozen, target, args.format, max_batch=args.max_batch)
     except (ExportError, ValueError) as error:
         raise UsageError(str(error)) from error
     found = "unchecked" if done["error"] is None else f"logits agree to {done['error']:.1e}"
-    print(f"wrote {target}: {done['format']}, {done['bytes'] / 1e6:.1f} MB, {found} ({done['checked_by']})")
+    line = f"wrote {target}: {done['format']}, {done['bytes'] / 1e6:.1f} MB, {found} ({done['checked_by']})"
+    write_output(printable(line) + "\n")
     return 0
+
+
+def _check_weights(args: argparse.Namespace) -> None:
+    """Random weights are written only on request."""
+    trained = args.checkpoint is not None or args.pretrained
+    if trained and args.random_weights:
+        raise UsageError("--random-weights goes with neither --checkpoint nor --pretrained")
+    if not trained and not args.random_weights:
+        raise UsageError(
+            "no --checkpoint and no --pretrained: pass one of them, or --random-weights to write random weights"
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -78,10 +79,12 @@ def read_image(path: str | os.PathLike[str], grey: bool = False) -> Image.Image:
     floats, from 0..1. CMYK, palettes and all else that Pillow knows are converted to RGB.
 
     Raises:
-        ImageError: There is no such file, or it is not an image, damaged, too large (Pillow's limit against
-            decompression bombs) or more than 200 times as long as it is wide.
+        ImageError: There is no such file, or it is no regular one, or not an image, damaged, too large (Pillow's limit
+            against decompression bombs) or more than 200 times as long as it is wide.
     """
     try:
+        if not stat.S_ISREG(mode := os.stat(path).st_mode):  # a FIFO would wait for its writer for ever
+            raise ImageError("a directory" if stat.S_ISDIR(mode) else "not a regular file")
         with Image.open(path, formats=_formats()) as image:
             rgb = _to_rgb(_upright(image))
     except ImageError:

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from ..models import list_models
 from ..models.variants import VARIANTS
-from .common import UsageError, add_command, output_console, write_json
+from .common import UsageError, add_command, write_json, write_table
 
 
 def add_parser(subparsers: Any) -> None:
@@ -32,7 +32,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
-    names = list_models(args.pattern)
+    names = list_models(args.pattern) if args.pattern else []  # timm takes "" for every name
     if not names:
         raise UsageError(f"no model matches {args.pattern!r}; names: {', '.join(VARIANTS)}")
     if args.json:
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
         figures = (published.top1, published.params_m, published.macs_g) if published else ("–",) * 3
         tags = ", ".join(f"{tag} ({size} px)" for tag, (_, size) in weights.items()) or "–"
         table.add_row(name, *map(str, figures), tags)
-    output_console().print(table)
+    write_table(table)
     return 0
 
 

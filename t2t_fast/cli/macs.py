@@ -20,7 +20,8 @@ from ..bench.models import PAPER_VIT_SMALL, SETS, create
 from ..env import collect_env
 from ..macs import count_macs, own_image_size, published
 from ..models import list_models
-from .common import PROG, UsageError, add_command, error_console, image_size, output_console, pixels, write_json
+from .common import UsageError, add_command, error_console, image_size, pixels, write_json, write_table
+from .streams import say
 
 
 def add_parser(subparsers: Any) -> None:
@@ -65,16 +66,16 @@ def run(args: argparse.Namespace) -> int:
         for name in progress.track(names, description="counting"):
             try:
                 rows.append(measure(name, size))
-            except (AssertionError, RuntimeError, TypeError, ValueError) as error:
-                # A size that the model cannot take, or a model of something else than images.
+            except Exception as error:
+                # A size that the model cannot take, or a model of something else than images: timm's raise anything.
                 reason = next(iter(str(error).splitlines()), "")
-                progress.console.print(f"{PROG}: {name}: cannot be counted: {type(error).__name__}: {reason}")
+                say(f"{name}: cannot be counted: {type(error).__name__}: {reason}")
     if rows and args.output is not None:
-        errors.print(f"{PROG}: results: {_save(rows, args)}")
+        say(f"results: {_save(rows, args)}")
     if args.json:
         write_json(rows)
     elif rows:
-        output_console().print(table_of(rows))
+        write_table(table_of(rows))
     return 0 if len(rows) == len(names) else 1 if rows else 2
 
 
@@ -82,7 +83,7 @@ def _resolve_names(patterns: list[str]) -> list[str]:
     names: dict[str, None] = {}
     for pattern in patterns:
         is_name = timm.is_model(pattern) or pattern == PAPER_VIT_SMALL
-        found = [pattern] if is_name else SETS.get(pattern) or timm.list_models(pattern)
+        found = [pattern] if is_name else SETS.get(pattern) or (timm.list_models(pattern) if pattern else [])
         if not found:
             close = difflib.get_close_matches(pattern, timm.list_models(), n=3)
             raise UsageError(f"no model matches {pattern!r}" + (f"; close: {', '.join(close)}" if close else ""))

@@ -8,7 +8,6 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,26 +20,28 @@ from torch import Tensor
 
 from .. import __version__
 from ..config import BACKENDS
+from ..files import check_target, open_descriptor, require_regular
 from ..macs import own_in_chans
 from ..models import T2TViT, create_model
-from ..models.checkpoints import lookalikes
 from ..models.variants import VARIANTS
 from .common import (
-    PROG,
     UsageError,
     add_command,
-    check_json_target,
     count,
     error_console,
+    file_name,
     image_size,
-    output_console,
+    means_standard_output,
     pixels,
-    printable,
     write_json,
+    write_table,
 )
 from .images import Failure, ImageError, find_images, read_image
+from .streams import printable, say
 
 DEFAULT_MODEL = "t2t_vit_14"
+# Every model needs ops that have no native implementation.
+MODEL_BACKENDS = tuple(backend for backend in BACKENDS if backend != "native")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -60,39 +61,65 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="files, folders (searched recursively) and globs")
     parser.add_argument("--model", metavar="NAME", help=f"default: read off the checkpoint, else {DEFAULT_MODEL}")
-    parser.add_argument("--checkpoint", metavar="FILE", help="weights, of any layout that t2t-fast convert reads")
+    parser.add_argument("--checkpoint", type=file_name, metavar="FILE", help="weights, as t2t-fast convert reads them")
     parser.add_argument("--pretrained", action="store_true", help="download the released weights")
     parser.add_argument("--img-size", nargs="+", type=pixels, metavar=("H", "W"), help="pixels (default: the model's)")
     parser.add_argument("--batch-size", type=count, default=16, metavar="N", help="images at a time (%(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ... (%(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="%(default)s unless told")
-    parser.add_argument("--backend", choices=BACKENDS, default="auto", help="%(default)s unless told")
+    parser.add_argument("--backend", choices=MODEL_BACKENDS, default="auto", help="%(default)s unless told")
     parser.add_argument("--top-k", type=count, default=5, metavar="K", help="classes per image (%(default)s)")
-    parser.add_argument("--json", metavar="FILE", help="write JSON too, or only it with - for standard output")
-    parser.add_argument("--class-names", metavar="FILE", help="one name per line, in the order of the classes")
+    parser.add_argument("--json", type=file_name, metavar="FILE", help="write JSON too; only JSON for - or /dev/stdout")
+    parser.add_argument("--class-names", type=file_name, metavar="FILE", help="a name per line, in the classes' order")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit code: 1 if some images cannot be read, 2 if none can."""
-    if args.json:
-        check_json_target(args.json)
-    errors = error_console()
+    only_json = args.json is not None and means_standard_output(args.json)
+    if args.json is not None and not only_json:
+        check_target(args.json)
     files, failures = find_images(args.images)
     for failure in failures:
-        _report(errors, failure)
-    if not files:
-        return 2
-    device = _find_device(args.device)
-    model = load_model(args, errors)
+        _report(failure)
+    device, model, results = None, None, list[dict[str, Any]]()
+    if files:
+        device = _find_device(args.device)
+        model = _prepare(load_model(args), device, DTYPES[args.dtype])
+        if args.checkpoint is None and not args.pretrained:
+            say("warning: no --checkpoint and no --pretrained: the weights are random and the labels mean nothing")
+        names = _class_names(args.class_names, model.num_classes)
+        for good, bad in _classify(args, model, device, files):
+            results += [{"file": file, "top": [{**p, "label": names[p["index"]]} for p in top]} for file, top in good]
+            for failure in bad:
+                _report(failure)
+            failures += bad
+    try:
+        if args.json is not None:
+            write_json(_record(args, model, device, results, failures), args.json)
+    finally:
+        if results and not only_json:
+            write_table(_table(results))
+    return 2 if not results else 1 if failures else 0
+
+
+def _report(failure: Failure) -> None:
+    say(f"{printable(failure.file) or repr('')}: {failure.reason}")
+
+
+def _prepare(model: T2TViT, device: torch.device, dtype: torch.dtype) -> T2TViT:
     if model.num_classes == 0:
-        raise UsageError(f"{args.checkpoint}: the model has no head, so there are no classes to predict")
+        raise UsageError("the model has no head, so there are no classes to predict")
     if own_in_chans(model) not in (1, 3):
         raise UsageError(f"the model takes {own_in_chans(model)} channels; images have 3, or 1 in grey")
-    model = model.to(device, DTYPES[args.dtype]).eval()
-    names = _class_names(args.class_names, model.num_classes)
+    return model.to(device, dtype).eval()
 
-    results: list[dict[str, Any]] = []
+
+def _classify(
+    args: argparse.Namespace, model: T2TViT, device: torch.device, files: list[str]
+) -> Iterator[tuple[list[tuple[str, list[dict[str, Any]]]], list[Failure]]]:
+    """Per batch the files with their likeliest classes, and the failures."""
+    errors, dtype = error_console(), DTYPES[args.dtype]
     with (
         warnings.catch_warnings(),
         Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress,
@@ -100,32 +127,17 @@ def run(args: argparse.Namespace) -> int:
         warnings.filterwarnings("ignore", module="PIL")  # they name no file; what matters is reported with its name
         task = progress.add_task("predicting", total=len(files))
         for batch in _read_batches(files, _reader(model), args.batch_size):
-            good = [(file, image) for file, image in batch if isinstance(image, Tensor)]
+            read = [(file, image) for file, image in batch if isinstance(image, Tensor)]
             bad = [Failure(file, str(error)) for file, error in batch if not isinstance(error, Tensor)]
-            if good:
-                images = torch.stack([image for _, image in good])
-                predictions = _predict(model, images.to(device, DTYPES[args.dtype]), args.top_k)
-                for (file, _), top in zip(good, predictions, strict=True):
-                    if top is None:
-                        bad.append(Failure(file, f"the model's output is not finite in {args.dtype}"))
-                    else:
-                        results.append({"file": file, "top": [{**p, "label": names[p["index"]]} for p in top]})
-            for failure in bad:
-                _report(progress.console, failure)
-            failures += bad
+            tops = []
+            if read:
+                images = torch.stack([image for _, image in read])
+                tops = _predict(model, images.to(device, dtype), args.top_k)
+            classified = list(zip((file for file, _ in read), tops, strict=True))
+            reason = f"the model's output is not finite in {args.dtype}"
+            bad += [Failure(file, reason) for file, top in classified if top is None]
+            yield [(file, top) for file, top in classified if top is not None], bad
             progress.advance(task, len(batch))
-
-    if not results:
-        return 2
-    if args.json:
-        write_json(_record(args, model, device, results, failures), args.json)
-    if args.json != "-":
-        output_console().print(_table(results))
-    return 1 if failures else 0
-
-
-def _report(console: Any, failure: Failure) -> None:
-    console.print(f"{PROG}: {printable(failure.file)}: {failure.reason}")
 
 
 def _find_device(name: str) -> torch.device:
@@ -134,17 +146,17 @@ def _find_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(1, device=device).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = next(iter(str(error).splitlines()), "")
+    except Exception as error:  # torch raises anything for a device that this build lacks
+        reason = str(error).partition(". ")[0]
         raise UsageError(f"--device {name} cannot be used here: {reason}") from error
     return device
 
 
-def load_model(args: argparse.Namespace, errors: Any) -> T2TViT:
-    """The model that the arguments name; what the user should know of it goes to ``errors``."""
+def load_model(args: argparse.Namespace) -> T2TViT:
+    """The model that the arguments name."""
     size = image_size(args.img_size)
     kwargs: dict[str, Any] = {} if size is None else {"img_size": size}
-    name = args.model or (None if args.checkpoint else DEFAULT_MODEL)
+    name = DEFAULT_MODEL if args.model is None and args.checkpoint is None else args.model
     try:
         model = create_model(
             name, checkpoint=args.checkpoint, pretrained=args.pretrained, backend=args.backend, **kwargs
@@ -156,15 +168,6 @@ def load_model(args: argparse.Namespace, errors: Any) -> T2TViT:
             raise
         raise UsageError(str(error)) from error
     assert isinstance(model, T2TViT)
-    if not args.checkpoint and not args.pretrained:
-        errors.print(
-            f"{PROG}: warning: no --checkpoint and no --pretrained: the weights are random and the labels mean nothing"
-        )
-    if name is None and (others := lookalikes(_architecture(model))):
-        errors.print(
-            f"{PROG}: note: taken for {_architecture(model)}; {' and '.join(others)} cannot be told from it by the "
-            "weights, --model decides"
-        )
     return model
 
 
@@ -177,8 +180,11 @@ def _class_names(path: str | None, num_classes: int) -> list[str]:
         if num_classes == 1000:
             return list(ImageNetInfo().label_descriptions())
         return [str(index) for index in range(num_classes)]
+    if open_descriptor(path) is None:  # one is a pipe whose writer is there, for `--class-names <(...)`
+        require_regular(path)
     try:
-        names = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        with open(path, encoding="utf-8-sig") as file:
+            names = file.read().splitlines()
     except UnicodeDecodeError as error:
         raise UsageError(f"--class-names {path}: not UTF-8 text") from error
     while names and not names[-1].strip():
@@ -242,17 +248,17 @@ def _predict(model: T2TViT, images: Tensor, top_k: int) -> list[list[dict[str, A
 
 def _record(
     args: argparse.Namespace,
-    model: T2TViT,
-    device: torch.device,
+    model: T2TViT | None,
+    device: torch.device | None,
     results: list[dict[str, Any]],
     failures: list[Failure],
 ) -> dict[str, Any]:
     return {
         "t2t_fast": __version__,
-        "model": _architecture(model),
+        "model": _architecture(model) if model else args.model,
         "weights": args.checkpoint or ("pretrained" if args.pretrained else None),
-        "image_size": list(model.img_size),
-        "device": str(device),
+        "image_size": list(model.img_size) if model else None,
+        "device": str(device) if device else None,
         "dtype": args.dtype,
         "backend": args.backend,
         "images": results,

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from typing import Any
 
+import torch
+from timm.layers import use_fused_attn
+from torch import Tensor, nn
+from torch.types import Device
+
+from ..checks import as_integer, check_real, factory_options
+from ..dispatch import Decision, tell
 from ..ops import attention
-from .mlp import apply_linear, are_plain
+from ..reference.attention import scores, weigh
+from .mlp import apply_linear
 from .packed_linear import PackedLinear
+from .plain import are_plain, dropout_rate, is_watched
 from .se import SELayer
 
 torch.fx.wrap("attention")
+torch.fx.wrap("scores")
+torch.fx.wrap("weigh")
 
 
 class Attention(nn.Module):
@@ -25,9 +35,12 @@ class Attention(nn.Module):
         proj_drop: Dropout after the projection.
         se: Put a squeeze-and-excitation gate after the projection.
         backend: Passed to the ops.
+        device: Where the parameters are made.
+        dtype: Their floating-point type; None for torch's default.
 
     Raises:
-        ValueError: ``num_heads`` does not divide ``dim``.
+        TypeError: ``num_heads`` is no integer, or ``qk_scale`` no number.
+        ValueError: ``num_heads`` does not divide ``dim``, or ``qk_scale`` is not finite.
     """
 
     def __init__(
@@ -40,26 +53,32 @@ class Attention(nn.Module):
         proj_drop: float = 0.0,
         se: bool = False,
         backend: str = "auto",
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.num_heads, self.head_dim = num_heads, head_dim(dim, num_heads)
-        self.scale = self.head_dim**-0.5 if qk_scale is None else qk_scale
+        options = factory_options(device, dtype)
+        self.num_heads, self.head_dim = split_width(dim, num_heads)
+        self.scale = self.head_dim**-0.5 if qk_scale is None else check_real("qk_scale", qk_scale)
         self.backend = backend
-        self.qkv: nn.Module = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.fused_attn = use_fused_attn()
+        self.qkv: nn.Module = nn.Linear(dim, 3 * dim, bias=qkv_bias, **options)
         self.attn_drop = nn.Dropout(attn_drop)
-        self.proj = nn.Linear(dim, dim)
-        self.se_layer = SELayer(dim, backend=backend) if se else nn.Identity()
+        self.proj = nn.Linear(dim, dim, **options)
+        self.se_layer = SELayer(dim, backend=backend, **options) if se else nn.Identity()
         self.proj_drop = nn.Dropout(proj_drop)
 
     @property
     def adds_residual(self) -> bool:
         """Whether the gate comes last, so that its pass can add the residual; see ``add_branch``."""
-        return isinstance(self.se_layer, SELayer) and not (self.training and self.proj_drop.p > 0)
+        gated = type(self) is Attention and type(self.se_layer) is SELayer and not is_watched(self.se_layer)
+        return gated and dropout_rate(self.proj_drop) == 0
 
     @property
     def takes_norm(self) -> bool:
         """Whether the first product can apply the norm in front of it; see ``add_branch``."""
-        return isinstance(self.qkv, PackedLinear) or are_plain(self.qkv)
+        packed = type(self.qkv) is PackedLinear and not is_watched(self.qkv)
+        return type(self) is Attention and (packed or are_plain(self.qkv))
 
     def forward(
         self,
@@ -76,8 +95,7 @@ class Attention(nn.Module):
         # Chunks before heads: their gradients are put together where the projection's backward reads them.
         q, k, v = apply_linear(x, self.qkv, self.backend, norm).chunk(3, dim=-1)
         q, k, v = self._split_heads(q), self._split_heads(k), self._split_heads(v)
-        dropout_p = self.attn_drop.p if self.training else 0.0
-        y = attention(q, k, v, self.scale, dropout_p, backend=self.backend)
+        y = attend(q, k, v, self.scale, self.attn_drop, self.fused_attn, self.backend)
         y = apply_linear(y.transpose(1, 2).flatten(2), self.proj, self.backend)
         if residual is not None:
             return self.se_layer(y, residual, branch_scale)
@@ -88,12 +106,32 @@ class Attention(nn.Module):
         return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
 
 
-def head_dim(dim: int, num_heads: int) -> int:
-    """Channels per head.
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, drop: Any, fused: bool, backend: str) -> Tensor:
+    """``drop(softmax(scale q kᵀ)) v``, (B, heads, N, D): through :func:`t2t_fast.ops.attention` if that is the same.
+
+    Where somebody watches or has replaced ``drop``, it is called with the weights (B, heads, N, N), float32 or better,
+    and what it returns multiplies ``v``. So it is where timm's ``set_fused_attn(False)`` holds, or held when the layer
+    was made (``fused`` is false).
+    """
+    rate = dropout_rate(drop)
+    if rate is not None and fused and use_fused_attn():
+        return attention(q, k, v, scale, rate, backend=backend)
+    if not torch.compiler.is_compiling():
+        tell(Decision("attention", "reference", {}, detail="attn_drop is called, or timm's fused attention is off"))
+    attn = scores(q, k, scale).softmax(dim=-1)
+    return weigh(drop(attn), v)
+
+
+def split_width(dim: int, num_heads: int) -> tuple[int, int]:
+    """``num_heads`` as a plain int, and the channels per head.
 
     Raises:
+        TypeError: ``num_heads`` is no integer.
         ValueError: ``num_heads`` does not divide ``dim``.
     """
-    if num_heads < 1 or dim % num_heads:
-        raise ValueError(f"num_heads={num_heads} must divide the embedding width {dim}")
-    return dim // num_heads
+    heads = as_integer(num_heads)
+    if heads is None:
+        raise TypeError(f"num_heads must be an int, got {num_heads!r}")
+    if heads < 1 or dim % heads:
+        raise ValueError(f"num_heads={heads} must divide the embedding width {dim}")
+    return heads, dim // heads

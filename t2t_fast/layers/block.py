@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
+from torch.types import Device
 
+from ..checks import check_real, factory_options
 from ..ops import linear
 from .attention import Attention
 from .branch import add_two_branches
 from .ghost import GhostAttention, GhostMlp
-from .mlp import Mlp, apply_linear, are_plain
+from .mlp import Mlp, apply_linear
+from .plain import are_plain
 from .se import SEMlp
 
 torch.fx.wrap("linear")
@@ -36,9 +40,13 @@ class Block(nn.Module):
         block_type: ``"standard"``, ``"se"`` (gate after the attention projection), ``"se_mlp"`` (gate on the MLP's
             output) or ``"ghost"``; ``"dense"`` is :class:`DenseBlock`, whose inner block is standard.
         backend: Passed to the ops.
+        device: Where the parameters are made.
+        dtype: Their floating-point type; None for torch's default.
 
     Raises:
-        ValueError: Unknown ``block_type``; for ``"ghost"``, an ``mlp_ratio`` other than 3 or an odd ``dim``.
+        TypeError: ``mlp_ratio`` is no number.
+        ValueError: Unknown ``block_type``; an ``mlp_ratio`` that leaves no hidden channel; for ``"ghost"``, one other
+            than 3 or an odd ``dim``.
     """
 
     def __init__(
@@ -51,32 +59,37 @@ class Block(nn.Module):
         drop: float = 0.0,
         attn_drop: float = 0.0,
         drop_path: float = 0.0,
-        norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
+        norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
         block_type: str = "standard",
         backend: str = "auto",
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        options = factory_options(device, dtype)
         if block_type not in BLOCK_TYPES:
             raise ValueError(f"block_type={block_type!r} is unknown; accepted: {', '.join(BLOCK_TYPES)}")
-        hidden_dim = int(dim * mlp_ratio)
-        self.norm1 = norm_layer(dim)
+        hidden_dim = int(dim * check_real("mlp_ratio", mlp_ratio))
+        if hidden_dim < 1:
+            raise ValueError(f"mlp_ratio must leave at least one hidden channel of {dim}, got {mlp_ratio!r}")
+        self.norm1 = norm_layer(dim, **options)
         self.attn: nn.Module
         self.mlp: nn.Module
         if block_type == "ghost":
             if mlp_ratio != 3 or dim % 2:
                 raise ValueError(f"a ghost block needs mlp_ratio=3 and an even width, got {mlp_ratio=}, {dim=}")
-            self.attn = GhostAttention(dim, num_heads, qkv_bias, qk_scale, attn_drop, drop, backend)
+            self.attn = GhostAttention(dim, num_heads, qkv_bias, qk_scale, attn_drop, drop, backend, **options)
         else:
             se = block_type == "se"
-            self.attn = Attention(dim, num_heads, qkv_bias, qk_scale, attn_drop, drop, se, backend)
+            self.attn = Attention(dim, num_heads, qkv_bias, qk_scale, attn_drop, drop, se, backend, **options)
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
-        self.norm2 = norm_layer(dim)
+        self.norm2 = norm_layer(dim, **options)
         if block_type == "ghost":
-            self.mlp = GhostMlp(dim, drop, backend)
+            self.mlp = GhostMlp(dim, drop, backend, **options)
         elif block_type == "se_mlp":
-            self.mlp = SEMlp(dim, hidden_dim, drop, backend=backend)
+            self.mlp = SEMlp(dim, hidden_dim, drop, backend=backend, **options)
         else:
-            self.mlp = Mlp(dim, hidden_dim, drop, backend)
+            self.mlp = Mlp(dim, hidden_dim, drop, backend, **options)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, C) to (B, N, C)."""
@@ -86,9 +99,9 @@ class Block(nn.Module):
 class DenseBlock(Block):
     """A block that appends ``growth_rate`` new channels to its input: ``cat(x, dense_linear(block(x)))``."""
 
-    def __init__(self, dim: int, growth_rate: int, **kwargs: object) -> None:
-        super().__init__(dim, **kwargs)  # type: ignore[arg-type]
-        self.dense_linear = nn.Linear(dim, growth_rate)
+    def __init__(self, dim: int, growth_rate: int, **kwargs: Any) -> None:
+        super().__init__(dim, **kwargs)
+        self.dense_linear = nn.Linear(dim, growth_rate, **factory_options(kwargs.get("device"), kwargs.get("dtype")))
         self.backend = str(kwargs.get("backend", "auto"))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -99,10 +112,17 @@ class DenseBlock(Block):
 class Transition(nn.Module):
     """Halves the channels between two dense stages: ``gelu(linear(x))``."""
 
-    def __init__(self, in_features: int, out_features: int, backend: str = "auto") -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        backend: str = "auto",
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.backend = backend
-        self.linear = nn.Linear(in_features, out_features)
+        self.linear = nn.Linear(in_features, out_features, **factory_options(device, dtype))
         self.act = nn.GELU()
 
     def forward(self, x: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from ..ops import add_layer_norm
-from .mlp import apply_norm, are_plain, is_patched, is_watched
+from .mlp import apply_norm
+from .plain import are_plain, is_watched
 
 torch.fx.wrap("add_layer_norm")
 
@@ -17,8 +18,7 @@ torch.fx.wrap("add_layer_norm")
 def add_branch(x: Tensor, branch: nn.Module, norm: nn.Module, drop_path: nn.Module | None = None) -> Tensor:
     """``x + drop_path(branch(norm(x)))``; a branch that can adds ``x`` in the last of its own passes.
 
-    Not where a forward hook wants to see what the branch alone returns, its ``forward`` is not that of its class, or
-    ``drop_path`` is a module of another kind.
+    Not where somebody watches the branch, or ``drop_path`` is a module of another kind.
     """
     return _finish(x, branch, drop_path, *_prepare(x, branch, norm))
 
@@ -43,7 +43,7 @@ def add_two_branches(
 
 
 def _prepare(x: Tensor, branch: Any, norm: nn.Module) -> tuple[Tensor, dict[str, Any]]:
-    """What the branch is called with: a branch that can applies a plain norm itself, with its first product."""
+    """What the branch is called with: one that ``takes_norm`` gets a plain norm, for its first product to apply."""
     if getattr(branch, "takes_norm", False) and are_plain(norm) and not is_watched(branch):
         return x, {"norm": norm}
     return apply_norm(x, norm), {}
@@ -57,9 +57,7 @@ def _finish(x: Tensor, branch: nn.Module, drop_path: nn.Module | None, y: Tensor
 
 
 def _adds_residual(branch: nn.Module, drop_path: nn.Module | None) -> bool:
-    if not _is_known(drop_path) or branch._forward_hooks or is_patched(branch):
-        return False
-    return bool(getattr(branch, "adds_residual", False))
+    return _is_known(drop_path) and not is_watched(branch) and bool(getattr(branch, "adds_residual", False))
 
 
 def _is_known(drop_path: nn.Module | None) -> bool:

@@ -6,24 +6,29 @@ keep the shape and name of that convolution; the arithmetic is a multiplication.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from timm.layers import use_fused_attn
 from torch import Tensor, nn
+from torch.types import Device
 
-from ..ops import attention
-from .attention import head_dim
+from ..checks import check_real, factory_options
+from .attention import attend, split_width
 from .mlp import apply_linear
-
-torch.fx.wrap("attention")
+from .plain import is_plain_weight
 
 
 class ChannelScale(nn.Conv1d):
     """A depthwise Conv1d of kernel size 1 without bias, applied to (B, N, C) tokens as a product."""
 
-    def __init__(self, dim: int) -> None:
-        super().__init__(dim, dim, kernel_size=1, groups=dim, bias=False)
+    def __init__(self, dim: int, **options: Any) -> None:
+        super().__init__(dim, dim, kernel_size=1, groups=dim, bias=False, **options)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, C) to (B, N, C)."""
+        if not is_plain_weight(self.weight):
+            return super().forward(x.transpose(1, 2)).transpose(1, 2)
         return x * self.weight.flatten()
 
 
@@ -39,20 +44,24 @@ class GhostAttention(nn.Module):
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
         backend: str = "auto",
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.num_heads, self.head_dim = num_heads, head_dim(dim, num_heads)
-        self.scale = self.head_dim**-0.5 if qk_scale is None else qk_scale
+        options = factory_options(device, dtype)
+        self.num_heads, self.head_dim = split_width(dim, num_heads)
+        self.scale = self.head_dim**-0.5 if qk_scale is None else check_real("qk_scale", qk_scale)
         self.backend = backend
+        self.fused_attn = use_fused_attn()
         half = dim // 2
-        self.q = nn.Linear(dim, half, bias=qkv_bias)
-        self.k = nn.Linear(dim, half, bias=qkv_bias)
-        self.v = nn.Linear(dim, half, bias=qkv_bias)
-        self.cheap_operation_q = ChannelScale(half)
-        self.cheap_operation_k = ChannelScale(half)
-        self.cheap_operation_v = ChannelScale(half)
+        self.q = nn.Linear(dim, half, bias=qkv_bias, **options)
+        self.k = nn.Linear(dim, half, bias=qkv_bias, **options)
+        self.v = nn.Linear(dim, half, bias=qkv_bias, **options)
+        self.cheap_operation_q = ChannelScale(half, **options)
+        self.cheap_operation_k = ChannelScale(half, **options)
+        self.cheap_operation_v = ChannelScale(half, **options)
         self.attn_drop = nn.Dropout(attn_drop)
-        self.proj = nn.Linear(dim, dim)
+        self.proj = nn.Linear(dim, dim, **options)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def _heads(self, x: Tensor, linear: nn.Linear, cheap: nn.Module) -> Tensor:
@@ -65,8 +74,7 @@ class GhostAttention(nn.Module):
         q = self._heads(x, self.q, self.cheap_operation_q)
         k = self._heads(x, self.k, self.cheap_operation_k)
         v = self._heads(x, self.v, self.cheap_operation_v)
-        dropout_p = self.attn_drop.p if self.training else 0.0
-        y = attention(q, k, v, self.scale, dropout_p, backend=self.backend)
+        y = attend(q, k, v, self.scale, self.attn_drop, self.fused_attn, self.backend)
         return self.proj_drop(apply_linear(y.transpose(1, 2).flatten(2), self.proj, self.backend))
 
 
@@ -77,17 +85,27 @@ class GhostMlp(nn.Module):
         dim: Channels in, out, and of ``fc1``; the hidden layer has 3 ``dim``.
         drop: Dropout after the hidden layer and after ``fc2``.
         backend: Passed to the ops.
+        device: Where the parameters are made.
+        dtype: Their floating-point type; None for torch's default.
     """
 
-    def __init__(self, dim: int, drop: float = 0.0, backend: str = "auto") -> None:
+    def __init__(
+        self,
+        dim: int,
+        drop: float = 0.0,
+        backend: str = "auto",
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
+        options = factory_options(device, dtype)
         self.backend = backend
-        self.fc1 = nn.Linear(dim, dim)
+        self.fc1 = nn.Linear(dim, dim, **options)
         self.act = nn.GELU()
-        self.fc2 = nn.Linear(3 * dim, dim)
+        self.fc2 = nn.Linear(3 * dim, dim, **options)
         self.drop = nn.Dropout(drop)
-        self.cheap_operation2 = ChannelScale(dim)
-        self.cheap_operation3 = ChannelScale(dim)
+        self.cheap_operation2 = ChannelScale(dim, **options)
+        self.cheap_operation3 = ChannelScale(dim, **options)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, C) to (B, N, C)."""

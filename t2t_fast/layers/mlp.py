@@ -7,10 +7,13 @@ from typing import Any
 import timm.layers
 import torch
 from torch import Tensor, nn
+from torch.types import Device
 
 from ..aten.layer_norm_linear import layer_norm
+from ..checks import factory_options
 from ..ops import layer_norm_linear, linear, mlp
 from .packed_linear import PackedLinear
+from .plain import are_plain, dropout_rate, is_watched
 
 torch.fx.wrap("layer_norm_linear")
 torch.fx.wrap("linear")
@@ -25,22 +28,37 @@ class Mlp(timm.layers.Mlp):
         hidden_dim: Channels in between.
         drop: Dropout after each product.
         backend: Passed to the op.
+        device: Where the parameters are made.
+        dtype: Their floating-point type; None for torch's default.
     """
 
-    def __init__(self, dim: int, hidden_dim: int, drop: float = 0.0, backend: str = "auto") -> None:
-        super().__init__(dim, hidden_dim, drop=drop)
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        drop: float = 0.0,
+        backend: str = "auto",
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(dim, hidden_dim, drop=drop, **factory_options(device, dtype))
         self.backend = backend
 
     @property
     def adds_residual(self) -> bool:
         """Whether the op runs, which can add the residual; see ``add_branch``."""
-        dropout = self.training and (self.drop1.p > 0 or self.drop2.p > 0)
-        watched = any(map(is_watched, (self.drop1, self.norm, self.drop2)))
-        return not dropout and not watched and are_plain(self.fc1, self.act, self.fc2)
+        if type(self) is not Mlp or not are_plain(self.fc1, self.act, self.fc2):
+            return False
+        dropouts = (self.drop1, self.drop2)
+        return (
+            all(dropout_rate(drop) == 0 for drop in dropouts)
+            and type(self.norm) is nn.Identity
+            and not is_watched(self.norm)
+        )
 
     def forward(self, x: Tensor, residual: Tensor | None = None, branch_scale: Tensor | None = None) -> Tensor:
         """(B, N, C) to (B, N, C); the last two, where it ``adds_residual``, as for :func:`t2t_fast.ops.mlp`."""
-        if not self.adds_residual:
+        if residual is None and not self.adds_residual:
             return super().forward(x)
         fc1, fc2 = self.fc1, self.fc2
         branch = {"residual": residual, "branch_scale": branch_scale}
@@ -53,7 +71,7 @@ def apply_linear(x: Tensor, module: Any, backend: str, norm: nn.LayerNorm | None
     ``norm`` must be plain; with it, so must ``module``, or a :class:`PackedLinear`.
     """
     if isinstance(module, PackedLinear):
-        return module(x, norm)
+        return module(x) if norm is None else module(x, norm)
     if norm is not None:
         weights = (module.weight, module.bias, norm.weight, norm.bias)
         return layer_norm_linear(x, *weights, eps=norm.eps, backend=backend)
@@ -67,37 +85,3 @@ def apply_norm(x: Tensor, norm: Any) -> Tensor:
     if isinstance(x, Tensor) and are_plain(norm):  # a tracer's proxy is no Tensor
         return layer_norm(x, norm.weight, norm.bias, norm.eps)
     return norm(x)
-
-
-def are_plain(*modules: nn.Module) -> bool:
-    """Whether an op may stand in for calling these modules, watched by no hook.
-
-    They are torch's own Linear (no adapter, no quantised one), LayerNorm over the channels or exact GELU.
-    """
-    for module in modules:
-        if is_watched(module):
-            return False
-        if type(module) is nn.LayerNorm and len(module.normalized_shape) == 1:
-            continue
-        if type(module) is not nn.Linear and not (type(module) is nn.GELU and module.approximate == "none"):
-            return False
-    return True
-
-
-def has_no_weights(norm: Any) -> bool:
-    """Whether it is a LayerNorm that the soft splits' ops would take for none, unless told that it is folded."""
-    return isinstance(norm, nn.LayerNorm) and norm.weight is None
-
-
-def is_watched(module: nn.Module) -> bool:
-    """Whether a hook sees what goes into the module, or what comes out of it, in either direction.
-
-    So does a ``forward`` of the module's own, in place of its class's.
-    """
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or is_patched(module)
-
-
-def is_patched(module: nn.Module) -> bool:
-    """Whether somebody has set another ``forward`` on the module itself."""
-    return "forward" in module.__dict__

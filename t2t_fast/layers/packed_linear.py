@@ -1,10 +1,11 @@
-"""A Linear for inference whose weights lie as the CPU's products like them."""
+"""A Linear for inference whose weight is stored in oneDNN's packed layout."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..aten.layer_norm_linear import layer_norm
@@ -12,6 +13,7 @@ from ..aten.linear import multiply_packed, pack, why_not_packed
 from ..dispatch import Decision, resolve_backend, tell
 from ..numerics import product_dtype
 from ..ops import layer_norm_linear, linear
+from .plain import is_plain_weight
 
 
 class PackedLinear(nn.Module):
@@ -40,6 +42,9 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor, norm: nn.LayerNorm | None = None) -> Tensor:
         """(B, N, in_features) to (B, N, out_features), through ``norm`` first if it is given."""
+        if not is_plain_weight(self.weight):  # quantised since
+            y = F.linear(x if norm is None else norm(x), self.weight, self.bias)
+            return F.gelu(y) if self.gelu else y
         if resolve_backend(self.backend) not in ("auto", "aten") or why_not_packed(x, self.weight):
             tokens = x if x.dim() == 3 else x.unsqueeze(1)  # the head's (B, C)
             options: dict[str, Any] = {"gelu": self.gelu, "backend": self.backend}

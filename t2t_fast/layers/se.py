@@ -6,13 +6,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.types import Device
 
+from ..checks import factory_options
 from ..ops import se_gate, se_mlp
 from ..reference.se_gate import add_branch
-from .mlp import are_plain, is_watched
+from .plain import are_plain, dropout_rate, is_watched
 
 torch.fx.wrap("se_gate")
 torch.fx.wrap("se_mlp")
+
+_PARTS = [nn.Linear, nn.ReLU, nn.Linear, nn.Sigmoid]  # of the gate
 
 
 class SELayer(nn.Module):
@@ -22,27 +26,44 @@ class SELayer(nn.Module):
         dim: Channels C.
         reduction: C over the width of the bottleneck.
         backend: Passed to the op.
+        device: Where the parameters are made.
+        dtype: Their floating-point type; None for torch's default.
+
+    Raises:
+        ValueError: ``dim`` is below ``reduction``.
     """
 
     fc: Any  # a Sequential, whose entries a type checker knows only as Module
 
-    def __init__(self, dim: int, reduction: int = 16, backend: str = "auto") -> None:
+    def __init__(
+        self,
+        dim: int,
+        reduction: int = 16,
+        backend: str = "auto",
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
+        if dim < reduction:
+            raise ValueError(f"a squeeze-and-excitation gate needs a width of at least {reduction}, got {dim}")
+        options = factory_options(device, dtype)
         self.backend = backend
         self.fc = nn.Sequential(
-            nn.Linear(dim, dim // reduction, bias=False),
-            nn.ReLU(inplace=True),
-            nn.Linear(dim // reduction, dim, bias=False),
+            nn.Linear(dim, dim // reduction, bias=False, **options),
+            nn.ReLU(),
+            nn.Linear(dim // reduction, dim, bias=False, **options),
             nn.Sigmoid(),
         )
 
     @property
     def is_plain(self) -> bool:
-        """Whether nobody has replaced a part of the gate, or watches it."""
-        if [type(part) for part in self.fc.children()] != [nn.Linear, nn.ReLU, nn.Linear, nn.Sigmoid]:
+        """Whether the gate's parts are as they were made, and nobody watches them."""
+        parts = list(self.fc._modules.values())
+        if type(self.fc) is not nn.Sequential or [type(part) for part in parts] != _PARTS:
             return False
-        without_bias = self.fc[0].bias is None and self.fc[2].bias is None
-        return without_bias and not any(map(is_watched, (self.fc, *self.fc)))
+        reduce, relu, expand, sigmoid = parts
+        without_bias = reduce.bias is None and expand.bias is None
+        return without_bias and are_plain(reduce, expand) and not is_watched(self.fc, relu, sigmoid)
 
     def forward(self, x: Tensor, residual: Tensor | None = None, branch_scale: Tensor | None = None) -> Tensor:
         """(B, N, C) to (B, N, C); the last two as for :func:`t2t_fast.ops.se_gate`."""
@@ -61,27 +82,40 @@ class SEMlp(nn.Module):
         drop: Dropout after each product.
         reduction: ``dim`` over the width of the gate's bottleneck.
         backend: Passed to the ops.
+        device: Where the parameters are made.
+        dtype: Their floating-point type; None for torch's default.
     """
 
     def __init__(
-        self, dim: int, hidden_dim: int, drop: float = 0.0, reduction: int = 16, backend: str = "auto"
+        self,
+        dim: int,
+        hidden_dim: int,
+        drop: float = 0.0,
+        reduction: int = 16,
+        backend: str = "auto",
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        options = factory_options(device, dtype)
         self.backend = backend
-        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc1 = nn.Linear(dim, hidden_dim, **options)
         self.act = nn.GELU()
-        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.fc2 = nn.Linear(hidden_dim, dim, **options)
         self.drop = nn.Dropout(drop)
-        self.se_layer = SELayer(dim, reduction, backend)
+        self.se_layer = SELayer(dim, reduction, backend, **options)
 
-    adds_residual = True  # see add_branch
+    @property
+    def adds_residual(self) -> bool:
+        """Whether the gate's pass can add the residual; see ``add_branch``."""
+        return type(self) is SEMlp and type(self.se_layer) is SELayer and not is_watched(self.se_layer)
 
     def forward(self, x: Tensor, residual: Tensor | None = None, branch_scale: Tensor | None = None) -> Tensor:
-        """(B, N, C) to (B, N, C); the last two as for :func:`t2t_fast.ops.se_mlp`."""
-        watched = is_watched(self.drop) or is_watched(self.se_layer) or not self.se_layer.is_plain
-        if watched or (self.training and self.drop.p > 0) or not are_plain(self.fc1, self.act, self.fc2):
+        """(B, N, C) to (B, N, C); the last two, where it ``adds_residual``, as for :func:`t2t_fast.ops.se_mlp`."""
+        plain_gate = self.adds_residual and self.se_layer.is_plain
+        if not (plain_gate and dropout_rate(self.drop) == 0 and are_plain(self.fc1, self.act, self.fc2)):
             y = self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
-            return self.se_layer(y, residual, branch_scale)
+            return self.se_layer(y) if residual is None else self.se_layer(y, residual, branch_scale)
         fc1, fc2, gate = self.fc1, self.fc2, self.se_layer.fc
         return se_mlp(
             x,

@@ -1,4 +1,4 @@
-"""A soft split and the Linear behind it, whatever has become of that."""
+"""A soft split and the Linear behind it as one op, or module by module where either must be called."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ops import soft_split, soft_split_linear
-from .mlp import are_plain, has_no_weights
+from .plain import are_plain, has_no_weights
 
 torch.fx.wrap("soft_split")
 torch.fx.wrap("soft_split_linear")

@@ -7,9 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.types import Device
 
+from ..checks import factory_options
+from ..numerics import compute_dtype
 from ..ops import performer_attention, soft_split, soft_split_performer
-from .mlp import are_plain, has_no_weights, is_watched
+from .plain import are_plain, dropout_rate, has_no_weights, is_plain_weight, is_watched
 
 torch.fx.wrap("performer_attention")
 torch.fx.wrap("soft_split")
@@ -31,6 +34,11 @@ class TokenPerformer(nn.Module):
         kernel_ratio: Random features per token channel: m = int(E * kernel_ratio).
         drop_rate: Both dropouts; the original fixes them at 0.1.
         backend: Passed to the ops.
+        device: Where the parameters are made.
+        dtype: Their floating-point type; None for torch's default.
+
+    Raises:
+        ValueError: There would be no random feature.
     """
 
     mlp: Any  # a Sequential, whose entries a type checker knows only as Module
@@ -46,37 +54,46 @@ class TokenPerformer(nn.Module):
         kernel_ratio: float = 0.5,
         drop_rate: float = 0.1,
         backend: str = "auto",
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        options = factory_options(device, dtype)
+        num_features = int(token_dim * kernel_ratio)
+        if num_features < 1:
+            raise ValueError(
+                f"a Performer token layer needs token_dim * {kernel_ratio} >= 1, got token_dim={token_dim}"
+            )
         self.window = (kernel_size, stride, padding)
         self.backend = backend
         self.epsilon = 1e-8
         dim = in_chans * kernel_size**2
-        self.kqv = nn.Linear(dim, 3 * token_dim)
+        self.kqv = nn.Linear(dim, 3 * token_dim, **options)
         self.dp = nn.Dropout(drop_rate)
-        self.proj = nn.Linear(token_dim, token_dim)
-        self.norm1 = nn.LayerNorm(dim)
-        self.norm2 = nn.LayerNorm(token_dim)
+        self.proj = nn.Linear(token_dim, token_dim, **options)
+        self.norm1 = nn.LayerNorm(dim, **options)
+        self.norm2 = nn.LayerNorm(token_dim, **options)
         self.mlp = nn.Sequential(
-            nn.Linear(token_dim, token_dim),
+            nn.Linear(token_dim, token_dim, **options),
             nn.GELU(),
-            nn.Linear(token_dim, token_dim),
+            nn.Linear(token_dim, token_dim, **options),
             nn.Dropout(drop_rate),
         )
-        self.w = nn.Parameter(torch.empty(int(token_dim * kernel_ratio), token_dim), requires_grad=False)
+        self.w = nn.Parameter(torch.empty(num_features, token_dim, **options), requires_grad=False)
         self.reset_random_features()
 
     @torch.no_grad()
     def reset_random_features(self) -> None:
         """Draw ``w`` anew: orthogonal rows of norm sqrt(m)."""
-        nn.init.orthogonal_(self.w)
-        self.w.mul_(math.sqrt(self.w.shape[0]))
+        rows = nn.init.orthogonal_(torch.empty_like(self.w, dtype=compute_dtype(self.w)))  # no 16-bit form exists
+        self.w.copy_(rows.mul_(math.sqrt(rows.shape[0])))
+
+    reset_parameters = reset_random_features  # the name that torch's and timm's tools call
 
     def forward(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Image (B, C, H, W), or tokens (B, H*W, C) with ``grid=(H, W)``, to tokens (B, L, token_dim)."""
-        parts = (self.norm1, self.kqv, self.proj, self.norm2, self.mlp[0], self.mlp[1], self.mlp[2])
-        unseen = has_no_weights(self.norm1) and not self.folded
-        if unseen or not are_plain(*parts) or any(map(is_watched, (self.dp, self.mlp, self.mlp[3]))):
+        rates = self._dropout_rates()
+        if rates is None:
             return self._call_parts(x, grid)
         return soft_split_performer(
             x,
@@ -95,14 +112,25 @@ class TokenPerformer(nn.Module):
             self.mlp[2].bias,
             *self.window,
             grid=grid,
-            proj_drop=self.dp.p if self.training else 0.0,
-            mlp_drop=self.mlp[3].p if self.training else 0.0,
+            proj_drop=rates[0],
+            mlp_drop=rates[1],
             eps=self.epsilon,
             norm1_eps=self.norm1.eps,
             norm2_eps=self.norm2.eps,
             folded=self.folded,
             backend=self.backend,
         )
+
+    def _dropout_rates(self) -> tuple[float, float] | None:
+        """The rates of both dropouts; None if a part must be called, which the op cannot stand in for."""
+        if type(self.mlp) is not nn.Sequential or len(self.mlp) != 4 or is_watched(self.mlp):
+            return None
+        *mlp, drop = self.mlp._modules.values()
+        unseen = has_no_weights(self.norm1) and not self.folded
+        if unseen or not are_plain(self.norm1, self.kqv, self.proj, self.norm2, *mlp) or not is_plain_weight(self.w):
+            return None
+        rates = dropout_rate(self.dp), dropout_rate(drop)
+        return None if rates[0] is None or rates[1] is None else (rates[0], rates[1])
 
     def _call_parts(self, x: Tensor, grid: tuple[int, int] | None) -> Tensor:
         """The same module by module, for parts that somebody has replaced or watches."""

@@ -5,21 +5,25 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from timm.layers import use_fused_attn
 from torch import Tensor, nn
+from torch.types import Device
 
-from ..ops import attention
+from ..checks import factory_options
+from ..ops import soft_split
+from .attention import attend
 from .branch import add_branch
 from .mlp import Mlp, apply_linear
+from .plain import is_watched
 from .split import split_linear
 
-torch.fx.wrap("attention")
+torch.fx.wrap("soft_split")
 
 
 class TokenTransformer(nn.Module):
     """A soft split followed by the transformer token layer of T2T-ViT_t (paper §3.1).
 
-    ``q, k, v = qkv(norm1(soft_split(x)))``; ``y = v + proj(attention(q, k, v))``; ``y + mlp(norm2(y))``; one head,
-    and the scale is that of the *incoming* width: ``(in_chans * kernel_size**2)**-0.5``.
+    ``y = attn(norm1(soft_split(x)))``, which has a skip of its own; ``y + mlp(norm2(y))``.
 
     Args:
         in_chans: Channels of the incoming image or token grid.
@@ -28,9 +32,10 @@ class TokenTransformer(nn.Module):
         stride: Step between patches.
         padding: Zeros on each side.
         backend: Passed to the ops.
+        device: Where the parameters are made.
+        dtype: Their floating-point type; None for torch's default.
     """
 
-    attn: Any  # a ModuleDict, whose entries a type checker knows only as Module
     folded = False  # whether norm1 is in qkv, as freeze leaves it
 
     def __init__(
@@ -41,23 +46,66 @@ class TokenTransformer(nn.Module):
         stride: int,
         padding: int,
         backend: str = "auto",
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        options = factory_options(device, dtype)
         self.window = (kernel_size, stride, padding)
         self.backend = backend
         dim = in_chans * kernel_size**2
-        self.scale = dim**-0.5
-        self.norm1 = nn.LayerNorm(dim)
-        self.attn = nn.ModuleDict(
-            {"qkv": nn.Linear(dim, 3 * token_dim, bias=False), "proj": nn.Linear(token_dim, token_dim)}
-        )
-        self.norm2 = nn.LayerNorm(token_dim)
-        self.mlp = Mlp(token_dim, token_dim, backend=backend)
+        self.norm1 = nn.LayerNorm(dim, **options)
+        self.attn: nn.Module = TokenAttention(dim, token_dim, backend, **options)
+        self.norm2 = nn.LayerNorm(token_dim, **options)
+        self.mlp = Mlp(token_dim, token_dim, backend=backend, **options)
 
     def forward(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Image (B, C, H, W), or tokens (B, H*W, C) with ``grid=(H, W)``, to tokens (B, L, token_dim)."""
-        tokens = split_linear(x, self.attn["qkv"], self.norm1, self.window, grid, self.backend, self.folded)
-        q, k, v = tokens.unsqueeze(1).chunk(3, dim=-1)
-        y = attention(q, k, v, self.scale, backend=self.backend).squeeze(1)
-        y = v.squeeze(1) + apply_linear(y, self.attn["proj"], self.backend)
+        if type(self.attn) is TokenAttention and not is_watched(self.attn):
+            split = {"norm": self.norm1, "window": self.window, "grid": grid, "folded": self.folded}
+            y = self.attn(x, split)
+        else:
+            y = self.attn(self.norm1(soft_split(x, *self.window, grid=grid, backend=self.backend)))
         return add_branch(y, self.mlp, self.norm2)
+
+
+class TokenAttention(nn.Module):
+    """Attention of a token transformer: ``q, k, v = qkv(x)``; ``v + proj_drop(proj(attention(q, k, v)))``; one head.
+
+    Args:
+        dim: Channels of the incoming tokens; the scale is ``dim**-0.5``.
+        token_dim: Channels of q, k, v and of the result.
+        backend: Passed to the ops.
+        device: Where the parameters are made.
+        dtype: Their floating-point type; None for torch's default.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        token_dim: int,
+        backend: str = "auto",
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        options = factory_options(device, dtype)
+        self.scale, self.backend = dim**-0.5, backend
+        self.fused_attn = use_fused_attn()
+        self.qkv = nn.Linear(dim, 3 * token_dim, bias=False, **options)
+        self.attn_drop = nn.Dropout(0.0)
+        self.proj = nn.Linear(token_dim, token_dim, **options)
+        self.proj_drop = nn.Dropout(0.0)
+
+    def forward(self, x: Tensor, split: dict[str, Any] | None = None) -> Tensor:
+        """Tokens (B, L, dim) to (B, L, token_dim).
+
+        With ``split``, arguments of :func:`split_linear`, ``x`` is what comes before the soft split and its norm.
+        """
+        if split is None:
+            tokens = apply_linear(x, self.qkv, self.backend)
+        else:
+            tokens = split_linear(x, self.qkv, backend=self.backend, **split)
+        q, k, v = tokens.unsqueeze(1).chunk(3, dim=-1)
+        y = attend(q, k, v, self.scale, self.attn_drop, self.fused_attn, self.backend).squeeze(1)
+        return v.squeeze(1) + self.proj_drop(apply_linear(y, self.proj, self.backend))

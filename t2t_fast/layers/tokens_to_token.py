@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.types import Device
 
-from ..checks import check_tensor
+from ..checks import check_alike, check_tensor, factory_options
 from ..dispatch import resolve_backend
 from ..ops.soft_split import output_grid
+from .plain import is_plain_weight
 from .split import split_linear
 from .token_performer import TokenPerformer
 from .token_transformer import TokenTransformer
@@ -35,9 +39,11 @@ class TokensToToken(nn.Module):
             splits and layers: the paper's comparison).
         drop_rate: Dropout inside Performer token layers.
         backend: Passed to the ops.
+        device: Where the parameters are made.
+        dtype: Their floating-point type; None for torch's default.
 
     Raises:
-        ValueError: Unknown ``tokens_type``.
+        ValueError: Unknown ``tokens_type``, or a ``token_dim`` without random features.
     """
 
     attention1: TokenPerformer | TokenTransformer
@@ -52,29 +58,32 @@ class TokensToToken(nn.Module):
         tokens_type: str = "performer",
         drop_rate: float = 0.1,
         backend: str = "auto",
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        options = factory_options(device, dtype)
         if tokens_type not in TOKENS_TYPES:
             raise ValueError(f"tokens_type={tokens_type!r} is unknown; accepted: {', '.join(TOKENS_TYPES)}")
         self.in_chans, self.token_dim, self.tokens_type, self.backend = in_chans, token_dim, tokens_type, backend
         if tokens_type == "convolution":
-            self.soft_split0 = nn.Conv2d(in_chans, token_dim, *_FIRST)
-            self.soft_split1 = nn.Conv2d(token_dim, token_dim, *_LATER)
-            self.project = nn.Conv2d(token_dim, embed_dim, *_LATER)
+            self.soft_split0 = nn.Conv2d(in_chans, token_dim, *_FIRST, **options)
+            self.soft_split1 = nn.Conv2d(token_dim, token_dim, *_LATER, **options)
+            self.project = nn.Conv2d(token_dim, embed_dim, *_LATER, **options)
             return
         if tokens_type == "performer":
-            self.attention1 = TokenPerformer(in_chans, token_dim, *_FIRST, drop_rate=drop_rate, backend=backend)
-            self.attention2 = TokenPerformer(token_dim, token_dim, *_LATER, drop_rate=drop_rate, backend=backend)
+            layer: dict[str, Any] = {"drop_rate": drop_rate, "backend": backend, **options}
+            self.attention1 = TokenPerformer(in_chans, token_dim, *_FIRST, **layer)
+            self.attention2 = TokenPerformer(token_dim, token_dim, *_LATER, **layer)
         else:
-            self.attention1 = TokenTransformer(in_chans, token_dim, *_FIRST, backend=backend)
-            self.attention2 = TokenTransformer(token_dim, token_dim, *_LATER, backend=backend)
-        self.project = nn.Linear(token_dim * _LATER[0] ** 2, embed_dim)
+            layer = {"backend": backend, **options}
+            self.attention1 = TokenTransformer(in_chans, token_dim, *_FIRST, **layer)
+            self.attention2 = TokenTransformer(token_dim, token_dim, *_LATER, **layer)
+        self.project = nn.Linear(token_dim * _LATER[0] ** 2, embed_dim, **options)
 
     @staticmethod
     def grids(height: int, width: int) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
         """The token grids (h, w) after the first, second and third soft split of an image of that size."""
-        if torch.jit.is_tracing():  # where sizes are tensors
-            height, width = int(height), int(width)
         first = output_grid((height, width), *_FIRST)
         second = output_grid(first, *_LATER)
         return first, second, output_grid(second, *_LATER)
@@ -83,13 +92,22 @@ class TokensToToken(nn.Module):
         """Image (B, C, H, W) to tokens (B, L, embed_dim), row by row over ``grids(H, W)[2]``.
 
         Raises:
-            TypeError: ``x`` is no floating-point tensor.
+            TypeError: ``x`` is no floating-point tensor, or has another dtype than the weights outside autocast.
             ValueError: ``x`` has another number of dimensions or channels, or is too small for the first window.
         """
-        check_images(x, self.in_chans)
+        check_images(x, self.in_chans, self._first_weight() if isinstance(x, Tensor) else None)
         if self.tokens_type != "convolution" and _in_chunks(x, self.backend):
             return torch.cat([self._forward(chunk) for chunk in x.split(CPU_CHUNK)])
         return self._forward(x)
+
+    def _first_weight(self) -> Tensor | None:
+        """The weight that images meet first; None where a module of another kind stands there."""
+        layer: Any = self.soft_split0 if self.tokens_type == "convolution" else self.attention1
+        linear = getattr(layer, "kqv", None) or getattr(getattr(layer, "attn", None), "qkv", layer)
+        if type(linear) not in (nn.Linear, nn.Conv2d):
+            return None
+        weight = linear._parameters.get("weight")
+        return weight if weight is not None and is_plain_weight(weight) else None
 
     def _forward(self, x: Tensor) -> Tensor:
         if self.tokens_type == "convolution":
@@ -100,9 +118,14 @@ class TokensToToken(nn.Module):
         return split_linear(x, self.project, None, _LATER, second, self.backend)
 
 
-def check_images(x: Tensor, in_chans: int) -> None:
-    """Raise unless ``x`` is a batch of images (B, in_chans, H, W) on which the first window fits."""
+def check_images(x: Tensor, in_chans: int, weight: Tensor | None = None) -> None:
+    """Raise unless ``x`` is a batch of images (B, in_chans, H, W) on which the first window fits.
+
+    With ``weight``, one of the model's, both must be of one dtype, which autocast would otherwise see to.
+    """
     check_tensor("images", x, 4)
+    if weight is not None:
+        check_alike("images", x, ("the model's weights", weight))
     if x.shape[1] != in_chans:
         raise ValueError(
             f"images must have shape (B, {in_chans}, H, W), got {tuple(x.shape)}; pass in_chans={x.shape[1]} when "

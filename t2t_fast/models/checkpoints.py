@@ -8,13 +8,13 @@ Nothing in a file is ever executed: pickles go through ``torch.load(weights_only
 from __future__ import annotations
 
 import copy
+import io
 import logging
 import os
-import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import FLOAT_DTYPES
+from ..files import check_target, write_bytes
 from .adapt import LoudNote, adapt_state_dict, fit_table, t2t_vit_inside
 from .architecture import check_entries, describe_mismatch, infer_architecture, lookalikes, require_t2t_vit
 from .containers import FoundWeights, as_grid, find_weights, recorded_grid
@@ -42,6 +43,8 @@ __all__ = [
 ]
 
 _logger = logging.getLogger("t2t_fast")
+
+_SUFFIXES = (".pth", ".pth.tar", ".pt", ".safetensors", ".npz")
 
 
 @dataclass(frozen=True)
@@ -77,12 +80,19 @@ def read_checkpoint(path: str | os.PathLike[str], use_ema: bool = True) -> Check
         use_ema: Prefer the averaged weights where the file has both.
 
     Raises:
-        FileNotFoundError: There is no such file.
+        OSError: There is no such file, it may not be read, or it is a device or FIFO.
+        ValueError: ``path`` is empty.
         CheckpointError: The file cannot be read, needs code to be executed, or holds no T2T-ViT, or several.
     """
-    path = Path(path)
+    path = _as_path(path)
     file = read_weight_file(path)
     return _translate(path, file, _find(path, file, use_ema))
+
+
+def _as_path(path: str | os.PathLike[str]) -> Path:
+    if not os.fspath(path):  # which would be the working directory
+        raise ValueError(f"path={path!r} is no name of a file")
+    return Path(path)
 
 
 def _find(path: Path, file: WeightFile, use_ema: bool) -> FoundWeights:
@@ -139,7 +149,8 @@ def load_checkpoint(
         logger ``t2t_fast``.
 
     Raises:
-        FileNotFoundError: There is no such file.
+        OSError: There is no such file, it may not be read, or it is a device or FIFO.
+        ValueError: ``path`` is empty.
         CheckpointError: The file holds no T2T-ViT, or one that does not fit the model.
         TypeError: ``model`` is no T2T-ViT of this library, and the names are not its own.
     """
@@ -147,7 +158,7 @@ def load_checkpoint(
         file = WeightFile(path, path.get(GRID_KEY))
         path = Path("state_dict")
     else:
-        path = Path(path)
+        path = _as_path(path)
         file = read_weight_file(path)
     found = _find(path, file, use_ema)
     if model is not None and _are_own(found.entries, model):
@@ -240,39 +251,64 @@ def save_checkpoint(
         grid_size: Height and width in tokens of the position table's grid, recorded beside the weights. None takes what
             ``T2TViT.state_dict()`` carries with it.
 
+    Symbolic links are followed; a device or FIFO is written to directly.
+
     Raises:
         LayoutError: The project of ``layout`` has no such model.
-        CheckpointError: Unknown suffix.
-        OSError: The file cannot be written; the old one is untouched.
+        CheckpointError: Unknown suffix, or a tensor that the format cannot hold.
+        TypeError: An entry of ``state_dict`` is no tensor.
+        OSError: The file cannot be written (``filename`` is ``path``); the old one is untouched.
     """
-    path = Path(path)
-    tensors = {
-        name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, value in from_official(state_dict, layout).items()
-    }
-    if not path.name.endswith((".pth", ".pth.tar", ".pt", ".safetensors", ".npz")):
-        raise CheckpointError(f"path={str(path)!r} must end in .pth, .pth.tar, .pt, .safetensors or .npz")
-    grid = as_grid(grid_size) or recorded_grid(state_dict)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    check_checkpoint_target(path)
+    tensors = from_official({name: _storable(name, value) for name, value in state_dict.items()}, layout)
+    tensors = {name: value.contiguous() for name, value in tensors.items()}  # those of PaddleViT are transposed
     try:
-        with open(temporary, "xb") as file:
-            _write(tensors, file, path.suffix, grid)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        data = _serialise(tensors, Path(path).suffix, as_grid(grid_size) or recorded_grid(state_dict))
+    except (KeyError, TypeError, ValueError, RuntimeError, safetensors.SafetensorError) as error:  # a dtype they lack
+        dtypes = ", ".join(sorted({str(value.dtype) for value in tensors.values()}))
+        raise CheckpointError(
+            f"path={str(path)!r}: the format cannot hold these tensors ({dtypes}): {error}"
+        ) from error
+    write_bytes(path, data)
 
 
-def _write(tensors: dict[str, Tensor], file: IO[bytes], suffix: str, grid: tuple[int, int] | None) -> None:
+def check_checkpoint_target(path: str | os.PathLike[str]) -> None:
+    """Find out before the work whether :func:`save_checkpoint` could write to ``path``.
+
+    Raises:
+        CheckpointError: Unknown suffix.
+        OSError: The file cannot be written.
+    """
+    if not Path(path).name.endswith(_SUFFIXES):
+        raise CheckpointError(f"path={str(path)!r} must end in .pth, .pth.tar, .pt, .safetensors or .npz")
+    check_target(path)
+
+
+def _storable(name: str, value: Any) -> Tensor:
+    """A contiguous copy on the CPU, so that tensors which share memory become separate ones."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"state_dict[{name!r}] must be a tensor, got {type(value).__name__}")
+    if value.layout != torch.strided or value.is_quantized or value.is_meta:
+        kind = "on the meta device" if value.is_meta else "quantised" if value.is_quantized else str(value.layout)
+        raise CheckpointError(f"state_dict[{name!r}] is {kind}; accepted: dense tensors with values")
+    return value.detach().cpu().clone(memory_format=torch.contiguous_format)
+
+
+def _serialise(tensors: dict[str, Tensor], suffix: str, grid: tuple[int, int] | None) -> bytes:
+    """The file's content. In memory, for what the libraries raise on a full disk is not always an ``OSError``."""
     if suffix == ".safetensors":
         recorded = {} if grid is None else {GRID_KEY: f"{grid[0]}x{grid[1]}"}
-        file.write(safetensors.torch.save(tensors, metadata={"format": "pt", **recorded}))
-    elif suffix == ".npz":
-        # NumPy has no bfloat16; float32 holds its every value.
-        arrays = {k: (v.float() if v.dtype == torch.bfloat16 else v).numpy() for k, v in tensors.items()}
+        return safetensors.torch.save(tensors, metadata={"format": "pt", **recorded})
+    buffer = io.BytesIO()
+    if suffix == ".npz":
+        # NumPy has neither bfloat16 nor float8; float32 holds their every value.
+        known = (torch.float16, torch.float32, torch.float64)
+        arrays = {
+            k: (v.float() if v.is_floating_point() and v.dtype not in known else v).numpy() for k, v in tensors.items()
+        }
         if grid is not None:
             arrays[GRID_KEY] = np.array(grid)
-        np.savez(file, **arrays)  # type: ignore[arg-type]
+        np.savez(buffer, **arrays)  # type: ignore[arg-type]
     else:
-        torch.save({"state_dict": tensors, **({} if grid is None else {GRID_KEY: grid})}, file)
+        torch.save({"state_dict": tensors, **({} if grid is None else {GRID_KEY: grid})}, buffer)
+    return buffer.getvalue()

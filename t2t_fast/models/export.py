@@ -7,7 +7,6 @@ import importlib.util
 import io
 import logging
 import os
-import secrets
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..dispatch import use_backend
+from ..files import check_target, replacing
 from ..numerics import no_autocast
 from .freeze import FrozenT2TViT, freeze, relative_error
 
@@ -26,6 +26,7 @@ _SUFFIXES = {"onnx": ".onnx", "torch": ".pt2", "aoti": ".pt2"}
 _ACCEPTED = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 _ONNX_DTYPES = (torch.float32, torch.float16)
 _OPSET = 18
+_MAX_BATCH = 2**31 - 1
 
 
 class ExportError(RuntimeError):
@@ -43,7 +44,8 @@ def export(
 
     Args:
         model: A :class:`T2TViT`, one that is frozen, or whatever :func:`t2t_fast.optimize` takes.
-        path: The file; an existing one is replaced once the new one is complete and right.
+        path: The file; an existing one is replaced once the new one is complete and right. Symbolic links are
+            followed; a device or FIFO is written to directly, once the program is complete and right.
         format: ``"onnx"`` (opset 18; needs the packages onnx and onnxscript, and onnxruntime to be checked),
             ``"torch"`` (``torch.export.load``) or ``"aoti"`` (compiled for the model's device by AOTInductor, for
             ``torch._inductor.aoti_load_package``; needs a C++ compiler). None decides by the suffix: ``.onnx``, or
@@ -58,20 +60,13 @@ def export(
         TypeError: ``model`` is no T2T-ViT.
         ValueError: Unknown ``format``, or a suffix that does not go with it.
         ExportError: A package is missing, the format does not have the model's dtype, or the file's logits differ.
-        OSError: The file cannot be written.
+        OSError: The file cannot be written (``filename`` is ``path``); an old one is untouched.
     """
-    path = Path(path)
-    format = _format_for(path, format)
-    if max_batch < 4:
-        raise ValueError(f"max_batch must be at least 4, got {max_batch}")
-    if format == "onnx" and (missing := [name for name in ("onnx", "onnxscript") if not _has(name)]):
-        raise ExportError(f"writing ONNX needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+    format = check_request(path, format, max_batch=max_batch)
     frozen = model if isinstance(model, FrozenT2TViT) else freeze(model)
-    if format == "onnx" and frozen.dtype not in _ONNX_DTYPES:
-        raise ExportError(f"ONNX is written in float32 or float16, the model is in {frozen.dtype}: freeze it to one")
+    _check_dtype(format, frozen.dtype)
     images = _images(frozen, 4)
-    temporary = path.with_name(f".{secrets.token_hex(4)}.{path.name}")
-    try:
+    with replacing(path) as temporary:
         with _quiet(), no_autocast(images):
             batch = torch.export.Dim("batch", min=1, max=max_batch)
             program = torch.export.export(frozen, (images,), dynamic_shapes=({0: batch},))
@@ -79,10 +74,31 @@ def export(
         if error is not None and not error <= _ACCEPTED[frozen.dtype]:
             raise ExportError(f"the exported program's logits differ by {error:.1e} of their norm: please report it")
         size = temporary.stat().st_size
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return {"format": format, "bytes": size, "error": error, "checked_by": checked_by}
+
+
+def check_request(
+    path: str | os.PathLike[str], format: str | None, *, max_batch: int, dtype: torch.dtype | None = None
+) -> str:
+    """The format that :func:`export` would write, after all checks that need no model.
+
+    Raises:
+        ValueError, ExportError, OSError: As :func:`export`.
+    """
+    format = _format_for(Path(path), format)
+    if not 4 <= max_batch <= _MAX_BATCH:
+        raise ValueError(f"max_batch must be at least 4 and at most {_MAX_BATCH}, got {max_batch}")
+    if format == "onnx" and (missing := [name for name in ("onnx", "onnxscript") if not _has(name)]):
+        raise ExportError(f"writing ONNX needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+    if dtype is not None:
+        _check_dtype(format, dtype)
+    check_target(path)
+    return format
+
+
+def _check_dtype(format: str, dtype: torch.dtype) -> None:
+    if format == "onnx" and dtype not in _ONNX_DTYPES:
+        raise ExportError(f"ONNX is written in float32 or float16, the model is in {dtype}: freeze it to one")
 
 
 def _format_for(path: Path, format: str | None) -> str:
@@ -147,12 +163,16 @@ def _name_batch(graph: Any) -> None:
 
 
 def _write_torch(frozen: FrozenT2TViT, program: Any, images: Tensor, path: Path) -> tuple[float | None, str]:
-    torch.export.save(program, path)
+    buffer = io.BytesIO()  # torch's own writer of files turns the system's errors into others
+    torch.export.save(program, buffer)
+    path.write_bytes(buffer.getvalue())
     return _compare(frozen, path, "torch"), "torch.export"
 
 
 def _write_aoti(frozen: FrozenT2TViT, program: Any, images: Tensor, path: Path) -> tuple[float | None, str]:
-    torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+    buffer = io.BytesIO()
+    torch._inductor.aoti_compile_and_package(program, package_path=buffer)
+    path.write_bytes(buffer.getvalue())
     return _compare(frozen, path, "aoti"), "AOTInductor"
 
 

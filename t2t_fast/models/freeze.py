@@ -13,14 +13,17 @@ from torch import Tensor, nn
 
 from ..layers import Attention, Block, SEMlp, TokenPerformer, TokenTransformer, Transition
 from ..layers.ghost import GhostAttention, GhostMlp
-from ..layers.mlp import Mlp, are_plain, is_patched, is_watched
+from ..layers.mlp import Mlp
 from ..layers.packed_linear import PackedLinear
+from ..layers.plain import are_plain, is_patched, is_plain_weight, is_watched
+from ..layers.token_transformer import TokenAttention
 from ..numerics import no_autocast
 from .optimize import optimize
 from .t2t_vit import T2TViT
 
 # Relative norm of the difference that freezing may make to the logits, by the coarser of the two dtypes.
 _ACCEPTED = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+_RATES: dict[type[nn.Module], str] = {nn.Dropout: "p", DropPath: "drop_prob"}  # what freezing takes out
 
 
 class FrozenT2TViT(nn.Module):
@@ -98,7 +101,7 @@ def freeze(model: nn.Module, dtype: torch.dtype | None = None) -> FrozenT2TViT:
 
     Raises:
         TypeError: ``model`` is no T2T-ViT, or ``dtype`` no floating-point dtype.
-        ValueError: ``model`` is on the meta device.
+        ValueError: ``model`` is on the meta device, or has weights that are not finite.
         RuntimeError: The logits are not finite in ``dtype``; or they differ by more than it explains: a bug to report.
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in _ACCEPTED):
@@ -108,6 +111,9 @@ def freeze(model: nn.Module, dtype: torch.dtype | None = None) -> FrozenT2TViT:
     model = optimize(model)
     if model.cls_token.is_meta:
         raise ValueError("model is on the meta device, got no weights to freeze; load them first")
+    for name, weight in model.named_parameters():
+        if is_plain_weight(weight) and not torch.isfinite(weight).all():
+            raise ValueError(f"model has weights that are not finite: {name} holds NaN or infinity")
     twin = copy.deepcopy(model).eval().requires_grad_(False)
     notes = []
     own = model.cls_token.dtype
@@ -163,10 +169,9 @@ def _norms_of(module: Any) -> list[tuple[str, Any, list[Any]]]:
     if is_patched(module):
         return []
     if type(module) is TokenPerformer:
-        return [("norm1", module.kqv, [module.kqv]), ("norm2", module.mlp, [module.mlp[0]])]
-    if type(module) is TokenTransformer:
-        return [("norm1", module.attn, [module.attn["qkv"]]), ("norm2", module.mlp, _behind(module.mlp))]
-    if isinstance(module, Block):
+        known = type(module.mlp) is nn.Sequential and len(module.mlp) > 0
+        return [("norm1", module.kqv, [module.kqv]), ("norm2", module.mlp, [module.mlp[0]] if known else [])]
+    if type(module) is TokenTransformer or isinstance(module, Block):
         return [("norm1", module.attn, _behind(module.attn)), ("norm2", module.mlp, _behind(module.mlp))]
     return []
 
@@ -175,7 +180,7 @@ def _behind(branch: Any) -> list[Any]:
     """The Linears that a branch calls first, on what it was called with; none if it is no branch of ours."""
     if type(branch) is GhostAttention:
         return [branch.q, branch.k, branch.v]
-    if type(branch) is Attention:
+    if type(branch) in (Attention, TokenAttention):
         return [branch.qkv]
     return [branch.fc1] if type(branch) in (Mlp, SEMlp, GhostMlp) else []
 
@@ -202,8 +207,9 @@ def _remove_dropout(model: nn.Module) -> int:
     removed = 0
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Dropout | DropPath) and not is_watched(child):
-                removed += (child.p if isinstance(child, nn.Dropout) else child.drop_prob or 0) > 0
+            rate = _RATES.get(type(child))
+            if rate is not None and not is_watched(child):
+                removed += (getattr(child, rate) or 0) > 0
                 setattr(parent, name, nn.Identity())
     return removed
 

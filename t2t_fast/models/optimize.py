@@ -108,6 +108,8 @@ def _objections(tensors: dict[str, Tensor], modules: dict[str, nn.Module], layou
         if hasattr(split, "kernel_size") and _window(split) != window:
             yield f"tokens_to_token.{name} has (kernel size, stride, padding) {_window(split)} instead of {window}"
     for name, module in modules.items():
+        if name.endswith((".attn_drop", ".proj_drop")) and type(module) not in (nn.Dropout, nn.Identity):
+            yield f"{name} must be a Dropout, got {module!r}"
         exact = isinstance(module, nn.GELU) and module.approximate == "none"
         if _ACTIVATION.fullmatch(name) and not exact:
             yield f"{name} must be an exact GELU, got {module!r}"
@@ -183,7 +185,9 @@ def _copy_settings(ours: T2TViT, modules: dict[str, nn.Module]) -> None:
 
 def _copy_scales(ours: T2TViT, modules: dict[str, nn.Module]) -> None:
     holders = [(f"{name}.attn", block.attn) for name, block in _blocks(ours)]
-    token_layers: list[tuple[str, Any]] = [(f"{n}.attn", ours.get_submodule(n)) for n in _token_transformers(ours)]
+    token_layers: list[tuple[str, Any]] = [
+        (f"{name}.attn", ours.get_submodule(f"{name}.attn")) for name in _token_transformers(ours)
+    ]
     for name, holder in [*holders, *token_layers]:
         scale = getattr(modules[name], "scale", None)
         if scale is not None:

@@ -3,33 +3,42 @@
 from __future__ import annotations
 
 import torch
-from timm.layers import resample_abs_pos_embed
+import torch.nn.functional as F
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.types import Device
+
+from ..numerics import compute_dtype
 
 # (built grid, grid, device, dtype) to (the table resized, its version then, the result)
 TableCache = dict[tuple[object, ...], tuple[Tensor, int, Tensor]]
 
 
-def sinusoid_table(num_positions: int, dim: int) -> Tensor:
-    """The table of "Attention is all you need" §3.5, (1, num_positions, dim) float32: sine at even, cosine at odd.
+def sinusoid_table(num_positions: int, dim: int, device: Device = None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The table of "Attention is all you need" §3.5, (1, num_positions, dim): sine at even, cosine at odd.
 
-    On the default device; computed on the CPU, for not every device has float64.
+    Computed on the CPU in float64, for not every device has it; ``device`` None is torch's default device.
     """
     position = torch.arange(num_positions, dtype=torch.float64, device="cpu").unsqueeze(1)
     exponent = 2 * torch.arange(dim, dtype=torch.float64, device="cpu").div(2, rounding_mode="floor") / dim
     angle = position / 10000**exponent
     table = torch.where(torch.arange(dim, device="cpu") % 2 == 0, angle.sin(), angle.cos())
-    return table.float().unsqueeze(0).to(torch.get_default_device())
+    return table.unsqueeze(0).to(torch.get_default_device() if device is None else device, dtype)
 
 
 def resize_table(table: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
     """A (1, 1 + h*w, dim) table, cls row first, interpolated bicubically from ``old_grid`` to ``new_grid``.
 
-    Without antialiasing, as the original does for fine-tuning at another image size.
+    Without antialiasing, as the original does for fine-tuning at another image size. Nothing depends on the value of a
+    size that a graph leaves open; bicubic interpolation to the same grid gives every row back.
     """
-    if tuple(old_grid) == tuple(new_grid):
+    sizes = zip(old_grid, new_grid, strict=True)
+    if not torch.jit.is_tracing() and all(statically_known_true(old == new) for old, new in sizes):
         return table
-    return resample_abs_pos_embed(table, list(new_grid), list(old_grid), num_prefix_tokens=1, antialias=False)
+    dtype = compute_dtype(table)  # 16-bit forms are not on every device
+    rows = table[:, 1:].to(dtype).unflatten(1, old_grid).permute(0, 3, 1, 2)
+    rows = F.interpolate(rows, size=new_grid, mode="bicubic", align_corners=False)
+    return torch.cat((table[:, :1], rows.flatten(2).transpose(1, 2).to(table.dtype)), dim=1)
 
 
 def table_for_grid(
@@ -44,6 +53,9 @@ def table_for_grid(
     Raises:
         ValueError: The image has another grid than the model was built for, and ``dynamic`` is off.
     """
+    in_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if dynamic and in_graph:  # whose sizes may be open: one formula for all of them
+        return resize_table(table, built_grid, grid)
     if tuple(grid) == tuple(built_grid):
         return table
     if not dynamic:
@@ -51,8 +63,7 @@ def table_for_grid(
             f"the image makes a token grid of {tuple(grid)}, the model was built for {tuple(built_grid)}; pass "
             "img_size=(H, W) when creating the model, or dynamic_img_size=True for images of varying size"
         )
-    in_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if cache is None or in_graph or table.requires_grad or table.is_inference():
+    if cache is None or table.requires_grad or table.is_inference():
         return resize_table(table, built_grid, grid)
     # An entry holds the table that it was made from, so that the address tells whether this is still the one (a freed
     # one's address could be given out again), and the version whether it was written to.

@@ -130,6 +130,7 @@ def create_model(
         The model, in training mode as ``timm.create_model`` returns it.
 
     Raises:
+        TypeError: ``name`` is no string, or one of ``kwargs`` is unknown or has another type.
         ValueError: Neither ``name`` nor ``checkpoint``, both ``checkpoint`` and ``pretrained``, an unknown name, or
             a checkpoint that is not one (:class:`t2t_fast.CheckpointError`).
         FileNotFoundError: No file at ``checkpoint``.
@@ -139,6 +140,8 @@ def create_model(
     if checkpoint is not None and pretrained:
         raise ValueError("pretrained=True and checkpoint= are two sources of weights; pass one of them")
     if name is not None:
+        if not isinstance(name, str):
+            raise TypeError(f"name must be a str, got {name!r}")
         base, _, tag = name.partition(".")
         base = "t" + base[1:] if base[:1] == "T" else base
         if base not in VARIANTS:

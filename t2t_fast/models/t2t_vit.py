@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import trunc_normal_
+from timm.layers import get_norm_layer, trunc_normal_
 from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
+from torch.types import Device
 
-from ..checks import as_pair, check_count, check_probability
+from ..checks import as_pair, check_count, check_flag, check_probability, factory_options
 from ..dispatch import check_backend, resolve_backend, use_backend
 from ..layers import Block, TokensToToken
+from ..numerics import compute_dtype
 from .adapt import adapt_state_dict
 from .architecture import check_entries
 from .checkpoints import load_checkpoint, log_notes
@@ -22,6 +24,11 @@ from .containers import find_weights
 from .layouts import to_official
 from .pos_embed import TableCache, resize_table, sinusoid_table, table_for_grid
 from .weight_files import GRID_KEY
+
+try:
+    from timm.models._input import update_model_input_size
+except ImportError:  # timm before 1.0.31 keeps no record of the size
+    update_model_input_size = None  # type: ignore[assignment]
 
 torch.fx.wrap("table_for_grid")
 
@@ -49,15 +56,21 @@ class T2TViT(nn.Module):
         drop_rate: Dropout after the position table, after projections and inside the blocks' MLPs.
         attn_drop_rate: Dropout on the blocks' attention weights.
         drop_path_rate: Stochastic depth of the last block; earlier ones rise to it linearly.
-        norm_layer: Makes the blocks' norms and the last one; None means ``nn.LayerNorm``.
+        norm_layer: Makes the blocks' norms and the last one; None and ``"layernorm"`` mean ``nn.LayerNorm``, other
+            words what ``timm.layers.get_norm_layer`` takes them for.
         token_dim: Width of the tokens between the soft splits.
         block_type: See :class:`t2t_fast.layers.Block`.
         token_drop_rate: Dropout inside Performer token layers; the original fixes it at 0.1.
         global_pool: ``"token"`` (cls token), ``"avg"`` (mean over the others) or ``""`` (none).
         dynamic_img_size: Accept images of any size per call; the position table is interpolated and cached.
         backend: Backend of every op in the model; ``"auto"`` leaves it to :func:`t2t_fast.use_backend`.
+        device: Where the parameters are made; None for torch's default device.
+        dtype: Their floating-point type; None for torch's default.
+
+    Counts and sizes may be anything with ``__index__`` (NumPy's integers, too); they are kept as plain ints.
 
     Raises:
+        TypeError: An argument has another type.
         ValueError: An argument has an impossible value.
     """
 
@@ -76,47 +89,50 @@ class T2TViT(nn.Module):
         drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
-        norm_layer: Callable[[int], nn.Module] | None = None,
+        norm_layer: Callable[..., nn.Module] | str | None = None,
         token_dim: int = 64,
         block_type: str = "standard",
         token_drop_rate: float = 0.1,
         global_pool: str = "token",
         dynamic_img_size: bool = False,
         backend: str = "auto",
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, count, minimum in (
-            ("in_chans", in_chans, 1),
-            ("num_classes", num_classes, 0),
-            ("embed_dim", embed_dim, 1),
-            ("depth", depth, 1),
-            ("token_dim", token_dim, 1),
-        ):
-            check_count(name, count, minimum)
-        for name, rate in (
-            ("drop_rate", drop_rate),
-            ("attn_drop_rate", attn_drop_rate),
-            ("drop_path_rate", drop_path_rate),
-            ("token_drop_rate", token_drop_rate),
-        ):
+        options = factory_options(device, dtype)
+        for name, flag in (("qkv_bias", qkv_bias), ("dynamic_img_size", dynamic_img_size)):
+            check_flag(name, flag)
+        drop_rate, attn_drop_rate, drop_path_rate, token_drop_rate = (
             check_probability(name, rate)
-        self.num_classes = num_classes
-        self.embed_dim = embed_dim
+            for name, rate in (
+                ("drop_rate", drop_rate),
+                ("attn_drop_rate", attn_drop_rate),
+                ("drop_path_rate", drop_path_rate),
+                ("token_drop_rate", token_drop_rate),
+            )
+        )
+        self.in_chans = check_count("in_chans", in_chans, 1)
+        self.num_classes = check_count("num_classes", num_classes, 0)
+        self.embed_dim = check_count("embed_dim", embed_dim, 1)
         self.num_prefix_tokens = 1
         self.global_pool = _check_global_pool(global_pool)
         self.dynamic_img_size = dynamic_img_size
         self.grad_checkpointing = False
         self.backend = check_backend(backend)
-        norm_layer = norm_layer or nn.LayerNorm
+        self.img_size = as_pair("img_size", img_size, 16)
+        depth, token_dim = check_count("depth", depth, 1), check_count("token_dim", token_dim, 1)
+        norm_layer = _find_norm_layer(norm_layer)
         if block_type == "dense" and self._make_block is Block:
             raise ValueError("block_type='dense' needs growing blocks: make the model with T2TViTDense")
 
-        self.tokens_to_token = TokensToToken(in_chans, embed_dim, token_dim, tokens_type, token_drop_rate, backend)
-        self.img_size = as_pair("img_size", img_size, 16)
+        self.tokens_to_token = TokensToToken(
+            self.in_chans, self.embed_dim, token_dim, tokens_type, token_drop_rate, backend, **options
+        )
         self.grid_size = self.tokens_to_token.grids(*self.img_size)[2]
         num_tokens = self.grid_size[0] * self.grid_size[1] + self.num_prefix_tokens
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        self.pos_embed = nn.Parameter(sinusoid_table(num_tokens, embed_dim), requires_grad=False)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, self.embed_dim, **options))
+        self.pos_embed = nn.Parameter(torch.empty(1, num_tokens, self.embed_dim, **options), requires_grad=False)
         self._tables: TableCache = {}
         self.pos_drop = nn.Dropout(drop_rate)
         make_block = partial(
@@ -130,25 +146,26 @@ class T2TViT(nn.Module):
             norm_layer=norm_layer,
             block_type=block_type,
             backend=backend,
+            **options,
         )
-        drop_path_rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
-        self.blocks, self.num_features = self._make_blocks(make_block, drop_path_rates)
+        drop_path_rates = torch.linspace(0, drop_path_rate, depth, device="cpu", dtype=torch.float32).tolist()
+        self.blocks, self.num_features = self._make_blocks(make_block, drop_path_rates, **options)
         self.head_hidden_size = self.num_features
-        self.norm = norm_layer(self.num_features)
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
+        self.norm = norm_layer(self.num_features, **options)
+        self.head = nn.Linear(self.num_features, self.num_classes, **options) if self.num_classes else nn.Identity()
         self.feature_info: list[dict[str, Any]] = [
             {"num_chs": num_chs, "reduction": 16, "module": f"blocks.{i}"}
             for i, num_chs in enumerate(self._block_widths())
         ]
-        self.init_weights()
+        self.init_weights(needs_reset=False)
         self.register_state_dict_post_hook(_record_grid)
 
     _make_block: Callable[..., nn.Module] = Block
 
     def _make_blocks(
-        self, make_block: Callable[..., nn.Module], drop_path_rates: list[float]
+        self, make_block: Callable[..., nn.Module], drop_path_rates: list[float], **options: Any
     ) -> tuple[nn.ModuleList, int]:
-        """The blocks, and the width of the last one's output."""
+        """The blocks, and the width of the last one's output; ``options`` are those of parameters outside blocks."""
         blocks = [make_block(self.embed_dim, drop_path=rate) for rate in drop_path_rates]
         return nn.ModuleList(blocks), self.embed_dim
 
@@ -156,14 +173,28 @@ class T2TViT(nn.Module):
         """Output channels of every entry of ``blocks``."""
         return [self.embed_dim] * len(self.blocks)
 
-    def init_weights(self) -> None:
-        """Truncated normal (0.02) Linear weights and cls token, zero biases, unit norms, as the original."""
-        trunc_normal_(self.cls_token, std=0.02)
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """Set every parameter anew: truncated normal (0.02) Linear weights and cls token, zero biases, as the original.
+
+        With the same random seed they get the values that a new model has. So this serves for a model that was made on
+        the meta device, after ``to_empty``.
+
+        Args:
+            needs_reset: Reset all modules first; False where they have just been constructed.
+        """
+        for module in _children_first(self) if needs_reset else (self,):
+            if callable(reset := getattr(module, "reset_parameters", None)):
+                reset()
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+                _init_linear(module)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set the cls token and the position table, the parameters that belong to no module inside."""
+        _truncated_normal_(self.cls_token)
+        table = self.pos_embed
+        table.copy_(sinusoid_table(table.shape[1], table.shape[2], table.device, table.dtype))
 
     def set_backend(self, backend: str) -> None:
         """Take ``backend`` for every op in the model from now on; see :mod:`t2t_fast.dispatch`."""
@@ -197,32 +228,65 @@ class T2TViT(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the head by a freshly initialised one of ``num_classes`` outputs (0: none), on the same device."""
+        """Replace the head by a freshly initialised one of ``num_classes`` outputs (0: none).
+
+        It has the device, dtype and training mode of the model. ``global_pool`` None keeps the pooling.
+
+        Raises:
+            TypeError: ``num_classes`` is no integer.
+            ValueError: ``num_classes`` is negative, or ``global_pool`` unknown.
+        """
+        num_classes = check_count("num_classes", num_classes, 0)
         if global_pool is not None:
             self.global_pool = _check_global_pool(global_pool)
         self.num_classes = num_classes
+        self.head = nn.Identity()
         if num_classes > 0:
             like = self.cls_token
             self.head = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
-            trunc_normal_(self.head.weight, std=0.02)
-            nn.init.zeros_(self.head.bias)
-        else:
-            self.head = nn.Identity()
+            _init_linear(self.head)
+        self.head.train(self.training)
 
-    def set_input_size(self, img_size: int | Sequence[int]) -> None:
-        """Rebuild for images of ``img_size``: the position table is interpolated to the new grid."""
-        self.img_size = as_pair("img_size", img_size, 16)
-        grid = self.tokens_to_token.grids(*self.img_size)[2]
-        table = resize_table(self.pos_embed.detach(), self.grid_size, grid)
-        self.pos_embed = nn.Parameter(table, requires_grad=self.pos_embed.requires_grad)
-        self.grid_size = grid
+    def set_input_size(
+        self, img_size: int | Sequence[int] | None = None, patch_size: int | Sequence[int] | None = None
+    ) -> None:
+        """Rebuild for images of ``img_size``: the position table is interpolated to the new grid.
+
+        Args:
+            img_size: Height and width in pixels; None keeps them.
+            patch_size: Taken as timm's models do; a T2T-ViT has 16 pixels between tokens, and takes no other number.
+
+        Raises:
+            TypeError: An argument is no int or pair of ints.
+            ValueError: ``img_size`` is below 16, or ``patch_size`` another than 16.
+        """
+        if patch_size is not None and as_pair("patch_size", patch_size, 1) != (16, 16):
+            raise ValueError(
+                f"patch_size must be 16, the steps of the soft splits (4, 2, 2) in all, got {patch_size!r}"
+            )
+        if img_size is not None:
+            self.img_size = as_pair("img_size", img_size, 16)
+            grid = self.tokens_to_token.grids(*self.img_size)[2]
+            table = resize_table(self.pos_embed.detach(), self.grid_size, grid)
+            self.pos_embed = nn.Parameter(table, requires_grad=self.pos_embed.requires_grad)
+            self.grid_size = grid
+        if update_model_input_size is not None:
+            update_model_input_size(self, self.img_size)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What ``torch.jit.script`` calls first."""
+        raise RuntimeError(
+            f"torch.jit.script is not supported by {type(self).__name__}; use torch.jit.trace, torch.export or "
+            "t2t_fast.export"
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_tables": {}}  # copies and pickles leave the cache behind
 
     def load_pretrained(self, checkpoint_path: str, prefix: str = "") -> None:
         """Load a checkpoint file of any known layout; timm calls this for ``pretrained=True`` and ``.npz`` files."""
-        load_checkpoint(checkpoint_path, self, grid_size=_pretrained_grid(self))
+        released = not str(checkpoint_path).endswith(".npz")
+        load_checkpoint(checkpoint_path, self, grid_size=_pretrained_grid(self) if released else None)
 
     def _embed(self, x: Tensor) -> Tensor:
         tokens = self.tokens_to_token(x)
@@ -330,6 +394,45 @@ def _check_global_pool(global_pool: str) -> str:
     if global_pool not in GLOBAL_POOLS:
         raise ValueError(f"global_pool={global_pool!r} is unknown; accepted: {', '.join(map(repr, GLOBAL_POOLS))}")
     return global_pool
+
+
+def _find_norm_layer(norm_layer: Callable[..., nn.Module] | str | None) -> Callable[..., nn.Module]:
+    if norm_layer is None:
+        return nn.LayerNorm
+    if isinstance(norm_layer, str):
+        name = norm_layer.replace("_", "").lower()  # as timm reads it
+        if name == "layernorm":
+            return nn.LayerNorm
+        try:
+            return get_norm_layer(name) or nn.LayerNorm
+        except KeyError:
+            raise ValueError(f"norm_layer={norm_layer!r} is no name that timm.layers.get_norm_layer knows") from None
+    if not callable(norm_layer):
+        raise TypeError(f"norm_layer must be a callable or a name, got {norm_layer!r}")
+    return norm_layer
+
+
+def _children_first(module: nn.Module) -> Iterator[nn.Module]:
+    """Every module, in the order of construction."""
+    for child in module.children():
+        yield from _children_first(child)
+    yield module
+
+
+@torch.no_grad()
+def _truncated_normal_(tensor: Tensor) -> None:
+    """Standard deviation 0.02, truncated at six of them, and drawn in float32 at least.
+
+    Uniform numbers that are rounded to -1, one of 2**24 in float32 and many in 16 bits, would else be outliers.
+    """
+    drawn = torch.empty_like(tensor, dtype=compute_dtype(tensor))
+    tensor.copy_(trunc_normal_(drawn, std=0.02, a=-0.12, b=0.12))
+
+
+def _init_linear(linear: nn.Linear) -> None:
+    _truncated_normal_(linear.weight)
+    if linear.bias is not None:
+        nn.init.zeros_(linear.bias)
 
 
 def _run_with_backend(backend: str, block: nn.Module, x: Tensor) -> Tensor:

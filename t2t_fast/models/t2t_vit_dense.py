@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ..checks import check_count
 from ..layers import DenseBlock, Transition
 from .t2t_vit import T2TViT
 
@@ -21,26 +22,30 @@ class T2TViTDense(T2TViT):
             blocks, ``sum(block_config)``.
 
     Raises:
-        ValueError: ``depth`` and ``block_config`` disagree.
+        TypeError: An argument has another type.
+        ValueError: ``depth`` and ``block_config`` disagree, or an argument has an impossible value.
     """
 
     _make_block = DenseBlock
 
     def __init__(self, growth_rate: int = 32, block_config: Sequence[int] = (3, 4, 6, 3), **kwargs: Any) -> None:
-        self.growth_rate, self.block_config = growth_rate, tuple(block_config)
-        depth = kwargs.setdefault("depth", sum(block_config))
-        if depth != sum(block_config):
+        if not isinstance(block_config, list | tuple) or not block_config:
+            raise TypeError(f"block_config must be a sequence of ints, got {block_config!r}")
+        self.block_config = tuple(check_count("block_config", blocks, 1) for blocks in block_config)
+        self.growth_rate = check_count("growth_rate", growth_rate, 1)
+        depth = kwargs.setdefault("depth", sum(self.block_config))
+        if depth != sum(self.block_config):
             raise ValueError(f"depth={depth} must be the sum of block_config={self.block_config}")
         super().__init__(**kwargs)
 
     def _make_blocks(
-        self, make_block: Callable[..., nn.Module], drop_path_rates: list[float]
+        self, make_block: Callable[..., nn.Module], drop_path_rates: list[float], **options: Any
     ) -> tuple[nn.ModuleList, int]:
         blocks = nn.ModuleList()
         width, rates = self.embed_dim, iter(drop_path_rates)
         for stage, num_blocks in enumerate(self.block_config):
             if stage > 0:
-                blocks.append(Transition(width, width // 2, self.backend))
+                blocks.append(Transition(width, width // 2, self.backend, **options))
                 width //= 2
             for _ in range(num_blocks):
                 blocks.append(make_block(width, self.growth_rate, drop_path=next(rates)))

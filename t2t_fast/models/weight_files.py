@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
 import safetensors.torch
 
+from ..files import require_regular
 from .layouts import CheckpointError
 from .pickles import PickledCode, StandIn, load_pickle
 
@@ -44,16 +44,14 @@ def read_weight_file(path: Path) -> WeightFile:
     The kind is told by the content; the suffix decides where the content does not.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        PermissionError: It may not be read.
+        OSError: There is no such file, it may not be read, or it is a device or FIFO.
         CheckpointError: It is damaged, of another kind, or needs code to be executed.
     """
     if not path.exists():
         raise FileNotFoundError(errno.ENOENT, "no such checkpoint file", str(path))
     if path.is_dir():
         return _read_folder(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path}: is no regular file")
+    require_regular(path)
     if path.name.endswith(_INDEX_SUFFIX):
         return _read_shards(path)
     read = _READERS[_kind_of(path)]
@@ -102,11 +100,15 @@ def _kind_of(path: Path) -> str:
 
 
 def _read_safetensors(path: Path) -> WeightFile:
-    with safetensors.safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-    height, _, width = metadata.get(GRID_KEY, "").partition("x")
+    with open(path, "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    try:
+        content = safetensors.torch.load_file(path)
+    except UnicodeEncodeError:  # a name that is no UTF-8, which the library does not open
+        content = safetensors.torch.load(path.read_bytes())
+    height, _, width = str(header.get("__metadata__", {}).get(GRID_KEY)).partition("x")
     grid = (int(height), int(width)) if height.isdecimal() and width.isdecimal() and len(height + width) < 20 else None
-    return WeightFile(safetensors.torch.load_file(path), grid)
+    return WeightFile(content, grid)
 
 
 def _read_npz(path: Path) -> WeightFile:

@@ -114,14 +114,3 @@ def _device_reason(device_type: str) -> str | None:
 @functools.cache
 def _architectures() -> str:
     return str(extension.build_info()["architectures"]) if extension is not None else ""
-
-
-def no_second_derivative(operator: str, op: str) -> None:
-    """Make differentiating the operator called ``operator``, a backward of ``op``, an error that says what to do."""
-
-    def refuse(ctx: Any, *grads: Tensor) -> Any:
-        raise RuntimeError(
-            f"t2t_fast's native {op} has no second derivative; take backend='aten' or use_backend('aten')"
-        )
-
-    torch.library.register_autograd(operator, refuse, setup_context=lambda ctx, inputs, output: None)

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..aten.autograd import wants_gradient
+from ..aten.autograd import differentiable_backward, in_dispatch_mode, wants_gradient
 from ..numerics import compute_dtype, no_autocast
+from ..reference import se_gate as reference
 from . import library
 
 
@@ -34,6 +35,8 @@ def is_slower(
     x: Tensor, w_reduce: Tensor, w_expand: Tensor, residual: Tensor | None, branch_scale: Tensor | None
 ) -> str | None:
     """None, or why ``auto`` passes it over (measured: benchmarks/results/se-*.json)."""
+    if in_dispatch_mode():
+        return "a TorchDispatchMode knows library operations"
     if x.device.type != "cpu" or x.dtype in (torch.float16, torch.bfloat16):
         return None
     if x.shape[0] < library.num_threads():
@@ -91,7 +94,12 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _differentiate(ctx: Any, grad: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
-    d_x, d_reduce, d_expand, d_scale = torch.ops.t2t_fast.se_gate_backward(grad, *ctx.saved_tensors)
+    if torch.is_grad_enabled():
+        x, *_, w_reduce, w_expand, scale = ctx.saved_tensors
+        inputs = (x, w_reduce, w_expand, None, scale)
+        d_x, d_reduce, d_expand, _, d_scale = differentiable_backward(reference.forward, inputs, grad)
+    else:
+        d_x, d_reduce, d_expand, d_scale = torch.ops.t2t_fast.se_gate_backward(grad, *ctx.saved_tensors)
     has_residual, has_scale = ctx.needs_input_grad[3], ctx.needs_input_grad[4]
     return d_x, d_reduce, d_expand, grad if has_residual else None, d_scale if has_scale else None
 
@@ -100,4 +108,3 @@ if library.extension is not None:
     torch.library.register_fake("t2t_fast::se_gate", _fake)
     torch.library.register_fake("t2t_fast::se_gate_backward", _fake_backward)
     torch.library.register_autograd("t2t_fast::se_gate", _differentiate, setup_context=_keep)
-    library.no_second_derivative("t2t_fast::se_gate_backward", "se_gate")

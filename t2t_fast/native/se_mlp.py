@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..aten.autograd import wants_gradient
+from ..aten.autograd import differentiable_backward, in_dispatch_mode, wants_gradient
 from ..numerics import compute_dtype, no_autocast, product_dtype
+from ..reference import se_mlp as reference
 from . import library
 from .se_gate import output_like, with_residual
 
@@ -54,6 +55,8 @@ def can_run(
 
 def is_slower(x: Tensor, *rest: Tensor | None) -> str | None:
     """None, or why ``auto`` passes it over (measured: benchmarks/results/se-*.json)."""
+    if in_dispatch_mode():
+        return "a TorchDispatchMode knows library operations"
     if x.device.type == "cpu" and x.shape[0] < library.num_threads():
         return "fewer images than threads: the products are all that counts, and the library's are as fast"
     return None
@@ -107,9 +110,21 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _differentiate(ctx: Any, grad: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
-    *grads, d_scale = torch.ops.t2t_fast.se_mlp_backward(grad, *ctx.saved_tensors)
+    if torch.is_grad_enabled():
+        *tensors, scale = ctx.saved_tensors[:8]
+        *grads, _, d_scale = differentiable_backward(_reference, (*tensors, None, scale), grad)
+    else:
+        *grads, d_scale = torch.ops.t2t_fast.se_mlp_backward(grad, *ctx.saved_tensors)
     grads += [grad, d_scale]
     return *(g if wanted else None for g, wanted in zip(grads, ctx.needs_input_grad[:9], strict=True)), None
+
+
+def _reference(
+    x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor | None, fc2_weight: Tensor, fc2_bias: Tensor | None, *rest: Any
+) -> Tensor:
+    """The operator's definition: its biases come in the dtype of the gate."""
+    fc1_bias, fc2_bias = (None if bias is None else bias.to(x.dtype) for bias in (fc1_bias, fc2_bias))
+    return reference.forward(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, *rest)
 
 
 def _flops(
@@ -134,6 +149,5 @@ if library.extension is not None:
     torch.library.register_fake("t2t_fast::se_mlp", _fake)
     torch.library.register_fake("t2t_fast::se_mlp_backward", _fake_backward)
     torch.library.register_autograd("t2t_fast::se_mlp", _differentiate, setup_context=_keep)
-    library.no_second_derivative("t2t_fast::se_mlp_backward", "se_mlp")
     register_flop_formula(torch.ops.t2t_fast.se_mlp, get_raw=True)(_flops)
     register_flop_formula(torch.ops.t2t_fast.se_mlp_backward, get_raw=True)(_flops_backward)

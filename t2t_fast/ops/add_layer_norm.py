@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..aten import add_layer_norm as aten_add_layer_norm
-from ..checks import check_tensor
+from ..checks import check_epsilon, check_tensor
 from ..dispatch import Implementation, Op
 from ..reference import add_layer_norm as reference_add_layer_norm
 from ..triton import add_layer_norm as triton_add_layer_norm
@@ -55,6 +56,6 @@ def add_layer_norm(
     """
     check_tensor("x", x, 3)
     check_tensor("y", y, 3)
-    check_branch(y.shape, x, branch_scale, residual_name="x")
-    check_norm(norm_weight, norm_bias, x.shape[2])
-    return _OP(backend, x, y, norm_weight, norm_bias, eps, branch_scale)
+    check_branch("y", y, y.shape, x, branch_scale, residual_name="x")
+    check_norm(norm_weight, norm_bias, x if x.dtype == torch.promote_types(x.dtype, y.dtype) else y)
+    return _OP(backend, x, y, norm_weight, norm_bias, check_epsilon("eps", eps), branch_scale)

@@ -6,15 +6,19 @@ import torch
 from torch import Tensor
 
 from ..aten import attention as aten_attention
-from ..aten.autograd import forward_mode
-from ..checks import check_probability, check_shape, check_tensor
+from ..aten.autograd import forward_mode, wants_gradient
+from ..checks import check_alike, check_probability, check_real, check_shape, check_tensor
 from ..dispatch import Implementation, Op
 from ..reference import attention as reference_attention
 
 
-def _aten_can_run(*args: object) -> str | None:
-    if not torch.compiler.is_compiling() and forward_mode():
+def _aten_can_run(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> str | None:
+    if torch.compiler.is_compiling():
+        return None
+    if forward_mode():
         return "scaled_dot_product_attention has no forward-mode derivative"
+    if torch._C._are_functorch_transforms_active() and wants_gradient(q, k, v):
+        return "scaled_dot_product_attention has no second derivative and no batched gradient for torch.func"
     return None
 
 
@@ -51,5 +55,6 @@ def attention(
     check_tensor("q", q, 4)
     check_shape("k", k, q.shape, "the shape of q")
     check_shape("v", v, q.shape, "the shape of q")
+    check_alike("q", q, ("k", k), ("v", v))
     check_probability("dropout_p", dropout_p)
-    return _OP(backend, q, k, v, scale, dropout_p)
+    return _OP(backend, q, k, v, check_real("scale", scale), dropout_p)

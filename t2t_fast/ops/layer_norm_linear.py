@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..aten import layer_norm_linear as aten_layer_norm_linear
-from ..checks import check_shape, check_tensor
+from ..checks import check_alike, check_epsilon, check_flag, check_shape, check_tensor
 from ..dispatch import Implementation, Op
 from ..reference import layer_norm_linear as reference_layer_norm_linear
 from ..triton import layer_norm_linear as triton_layer_norm_linear
@@ -58,13 +58,15 @@ def layer_norm_linear(
         BackendUnavailable: ``backend`` names one that cannot run here.
     """
     check_tensor("x", x, 3)
-    check_linear("weight", weight, "bias", bias, x.shape[2])
-    check_norm(norm_weight, norm_bias, x.shape[2])
-    return _OP(backend, x, weight, bias, norm_weight, norm_bias, eps, gelu)
+    check_linear("weight", weight, "bias", bias, x)
+    check_norm(norm_weight, norm_bias, x)
+    check_flag("gelu", gelu)
+    return _OP(backend, x, weight, bias, norm_weight, norm_bias, check_epsilon("eps", eps), gelu)
 
 
-def check_norm(norm_weight: Tensor | None, norm_bias: Tensor | None, channels: int) -> None:
-    """Raise unless a LayerNorm's parameters are for ``channels``."""
+def check_norm(norm_weight: Tensor | None, norm_bias: Tensor | None, x: Tensor) -> None:
+    """Raise unless a LayerNorm's parameters are for the channels of ``x``, and of its dtype."""
     for name, tensor in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
         if tensor is not None:
-            check_shape(name, tensor, (channels,), "(C,)")
+            check_shape(name, tensor, (x.shape[2],), "(C,)")
+            check_alike("x", x, (name, tensor))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..aten import linear as aten_linear
-from ..checks import check_shape, check_tensor
+from ..checks import check_alike, check_flag, check_shape, check_tensor
 from ..dispatch import Implementation, Op
 from ..reference import linear as reference_linear
 from ..triton import linear as triton_linear
@@ -41,13 +42,23 @@ def linear(
         BackendUnavailable: ``backend`` names one that cannot run here.
     """
     check_tensor("x", x, 3)
-    check_linear("weight", weight, "bias", bias, x.shape[2])
+    check_linear("weight", weight, "bias", bias, x)
+    check_flag("gelu", gelu)
     return _OP(backend, x, weight, bias, gelu)
 
 
-def check_linear(weight_name: str, weight: Tensor, bias_name: str, bias: Tensor | None, channels: int) -> None:
-    """Raise unless a Linear's weight takes ``channels`` and its bias fits."""
+def check_linear(
+    weight_name: str,
+    weight: Tensor,
+    bias_name: str,
+    bias: Tensor | None,
+    x: Tensor,
+    channels: int | torch.SymInt | None = None,
+) -> None:
+    """Raise unless a Linear's weight takes ``channels``, those of ``x`` if None, its bias fits, and dtypes are one."""
+    channels = x.shape[2] if channels is None else channels
     check_tensor(weight_name, weight, 2)
     check_shape(weight_name, weight, (weight.shape[0], channels), f"(rows, {channels})")
     if bias is not None:
         check_shape(bias_name, bias, (weight.shape[0],), f"(rows of {weight_name},)")
+    check_alike("x", x, (weight_name, weight), (bias_name, bias))

@@ -57,7 +57,7 @@ def mlp(
         BackendUnavailable: ``backend`` names one that cannot run here.
     """
     check_mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    check_branch((*x.shape[:2], fc2_weight.shape[0]), residual, branch_scale)
+    check_branch("x", x, (*x.shape[:2], fc2_weight.shape[0]), residual, branch_scale)
     return _OP(backend, x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual, branch_scale)
 
 
@@ -66,5 +66,5 @@ def check_mlp(
 ) -> None:
     """Raise unless tokens and weights fit together."""
     check_tensor("x", x, 3)
-    check_linear("fc1_weight", fc1_weight, "fc1_bias", fc1_bias, x.shape[2])
-    check_linear("fc2_weight", fc2_weight, "fc2_bias", fc2_bias, fc1_weight.shape[0])
+    check_linear("fc1_weight", fc1_weight, "fc1_bias", fc1_bias, x)
+    check_linear("fc2_weight", fc2_weight, "fc2_bias", fc2_bias, x, fc1_weight.shape[0])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..aten import performer_attention as aten_performer_attention
-from ..checks import check_shape, check_tensor
+from ..checks import check_alike, check_epsilon, check_shape, check_tensor
 from ..dispatch import Implementation, Op
 from ..reference import performer_attention as reference_performer_attention
 from ..triton import performer_attention as triton_performer_attention
@@ -55,4 +55,5 @@ def performer_attention(
     check_shape("v", v, k.shape, "the shape of k")
     check_tensor("w", w, 2)
     check_shape("w", w, (w.shape[0], k.shape[2]), "(m, E)")
-    return _OP(backend, k, q, v, w, eps)
+    check_alike("k", k, ("q", q), ("v", v), ("w", w))
+    return _OP(backend, k, q, v, w, check_epsilon("eps", eps))

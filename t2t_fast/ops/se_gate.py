@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..aten import se_gate as aten_se_gate
-from ..checks import check_shape, check_tensor
+from ..checks import check_alike, check_same_device, check_shape, check_tensor
 from ..dispatch import Implementation, Op
 from ..native import se_gate as native_se_gate
 from ..reference import se_gate as reference_se_gate
@@ -54,23 +54,33 @@ def se_gate(
         BackendUnavailable: ``backend`` names one that cannot run here.
     """
     check_tensor("x", x, 3)
-    check_se_weights(x.shape[2], w_reduce, w_expand)
-    check_branch(x.shape, residual, branch_scale)
+    check_se_weights(x, x.shape[2], w_reduce, w_expand)
+    check_branch("x", x, x.shape, residual, branch_scale)
     return _OP(backend, x, w_reduce, w_expand, residual, branch_scale)
 
 
 def check_branch(
-    shape: Sequence[int], residual: Tensor | None, branch_scale: Tensor | None, residual_name: str = "residual"
+    name: str,
+    x: Tensor,
+    shape: Sequence[int],
+    residual: Tensor | None,
+    branch_scale: Tensor | None,
+    residual_name: str = "residual",
 ) -> None:
-    """Raise unless the residual has the result's ``shape`` and the scale one number per image."""
+    """Raise unless the residual has the result's ``shape``, the scale a number per image, and both the device of ``x``.
+
+    ``name`` is what ``x`` is called.
+    """
     if residual is not None:
         check_shape(residual_name, residual, shape, "that of the result")
     if branch_scale is not None:
         check_shape("branch_scale", branch_scale, shape[:1], "(B,)")
+    check_same_device(name, x, (residual_name, residual), ("branch_scale", branch_scale))
 
 
-def check_se_weights(channels: int, w_reduce: Tensor, w_expand: Tensor) -> None:
-    """Raise unless the two gate weights fit ``channels`` and each other."""
+def check_se_weights(x: Tensor, channels: int, w_reduce: Tensor, w_expand: Tensor) -> None:
+    """Raise unless the two gate weights fit ``channels`` and each other, and have the dtype of ``x``."""
     check_tensor("w_reduce", w_reduce, 2)
     check_shape("w_reduce", w_reduce, (w_reduce.shape[0], channels), "(R, C)")
     check_shape("w_expand", w_expand, (channels, w_reduce.shape[0]), "(C, R)")
+    check_alike("x", x, ("w_reduce", w_reduce), ("w_expand", w_expand))

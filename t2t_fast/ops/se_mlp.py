@@ -61,6 +61,6 @@ def se_mlp(
         BackendUnavailable: ``backend`` names one that cannot run here.
     """
     check_mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    check_se_weights(fc2_weight.shape[0], w_reduce, w_expand)
-    check_branch((*x.shape[:2], fc2_weight.shape[0]), residual, branch_scale)
+    check_se_weights(x, fc2_weight.shape[0], w_reduce, w_expand)
+    check_branch("x", x, (*x.shape[:2], fc2_weight.shape[0]), residual, branch_scale)
     return _OP(backend, x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, w_reduce, w_expand, residual, branch_scale)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..aten import soft_split_linear as aten_soft_split_linear
-from ..checks import check_shape, check_tensor
+from ..checks import check_alike, check_epsilon, check_flag, check_shape, check_tensor
 from ..dispatch import Implementation, Op
 from ..reference import soft_split_linear as reference_soft_split_linear
 from ..triton import soft_split_linear as triton_soft_split_linear
@@ -72,7 +72,7 @@ def soft_split_linear(
     """
     checked = check_soft_split_linear(x, weight, bias, norm_weight, norm_bias, kernel_size, stride, padding, grid)
     check_folded(folded, weight, norm_weight)
-    return _OP(backend, *checked, eps, folded)
+    return _OP(backend, *checked, check_epsilon("eps", eps), folded)
 
 
 def check_soft_split_linear(
@@ -103,6 +103,14 @@ def check_soft_split_linear(
         if norm_weight is None:
             raise ValueError(f"{norm}bias was given without {norm}weight; pass both, {norm}weight alone, or neither")
         check_shape(f"{norm}bias", norm_bias, (n,), "(C*kh*kw,)")
+    check_alike(
+        "x",
+        x,
+        (f"{linear}weight", weight),
+        (f"{linear}bias", bias),
+        (f"{norm}weight", norm_weight),
+        (f"{norm}bias", norm_bias),
+    )
     return x, weight, bias, norm_weight, norm_bias, *geometry, grid_
 
 
@@ -110,6 +118,7 @@ def check_folded(
     folded: bool, weight: Tensor, norm_weight: Tensor | None, linear: str = "", norm: str = "norm_"
 ) -> None:
     """Raise if ``folded`` and the other two contradict each other; names as for :func:`check_soft_split_linear`."""
+    check_flag("folded", folded)
     if folded and norm_weight is not None:
         raise ValueError(f"folded=True says that {linear}weight holds {norm}weight already; pass {norm}weight=None")
     if folded and weight.requires_grad and torch.is_grad_enabled():

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..aten import soft_split_performer as aten_soft_split_performer
+from ..checks import check_epsilon
 from ..dispatch import Implementation, Op
 from ..reference import soft_split_performer as reference_soft_split_performer
 from ..triton import soft_split_performer as triton_soft_split_performer
@@ -104,6 +105,8 @@ def soft_split_performer(
     if kqv_weight.shape[0] != 3 * width:
         raise ValueError(f"kqv_weight must have 3E rows, got {kqv_weight.shape[0]}, which is no multiple of 3")
     layer = (w, proj_weight, proj_bias, norm2_weight, norm2_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    check_layer(width, *layer, proj_drop, mlp_drop, "norm2_")
+    check_layer("x", x, width, *layer, proj_drop, mlp_drop, norm="norm2_")
     check_folded(folded, kqv_weight, norm1_weight, "kqv_", "norm1_")
-    return _OP(backend, (*split, norm1_eps, folded), (*layer, proj_drop, mlp_drop, eps, norm2_eps))
+    norm1_eps, norm2_eps = check_epsilon("norm1_eps", norm1_eps), check_epsilon("norm2_eps", norm2_eps)
+    rates = (proj_drop, mlp_drop, check_epsilon("eps", eps))
+    return _OP(backend, (*split, norm1_eps, folded), (*layer, *rates, norm2_eps))

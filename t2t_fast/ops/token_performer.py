@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ..aten import token_performer as aten_token_performer
-from ..checks import check_probability, check_shape, check_tensor
+from ..checks import check_alike, check_epsilon, check_probability, check_shape, check_tensor
 from ..dispatch import Implementation, Op
 from ..reference import token_performer as reference_token_performer
 from ..triton import token_performer as triton_token_performer
@@ -80,11 +80,14 @@ def token_performer(
     width = kqv.shape[2] // 3
     check_shape("kqv", kqv, (*kqv.shape[:2], 3 * width), "(B, T, 3E)")
     layer = (w, proj_weight, proj_bias, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    check_layer(width, *layer, proj_drop, mlp_drop)
-    return _OP(backend, kqv, *layer, proj_drop, mlp_drop, eps, norm_eps)
+    check_layer("kqv", kqv, width, *layer, proj_drop, mlp_drop)
+    epsilons = check_epsilon("eps", eps), check_epsilon("norm_eps", norm_eps)
+    return _OP(backend, kqv, *layer, proj_drop, mlp_drop, *epsilons)
 
 
 def check_layer(
+    x_name: str,
+    x: Tensor,
     width: int,
     w: Tensor,
     proj_weight: Tensor,
@@ -99,7 +102,10 @@ def check_layer(
     mlp_drop: float,
     norm: str = "norm_",
 ) -> None:
-    """Raise unless these belong to tokens of ``width`` E; ``norm`` is how the LayerNorm's names begin."""
+    """Raise unless these belong to tokens of ``width`` E, in the dtype of ``x``.
+
+    ``norm`` is how the LayerNorm's names begin.
+    """
     check_tensor("w", w, 2)
     check_shape("w", w, (w.shape[0], width), "(m, E)")
     check_tensor("fc1_weight", fc1_weight, 2)
@@ -117,5 +123,7 @@ def check_layer(
     for name, vector in vectors.items():
         if vector is not None or not name.startswith(norm):
             check_shape(name, vector, (width,), "(E,)")
+    weights = {"w": w, "proj_weight": proj_weight, "fc1_weight": fc1_weight, "fc2_weight": fc2_weight}
+    check_alike(x_name, x, *weights.items(), *vectors.items(), ("fc1_bias", fc1_bias))
     check_probability("proj_drop", proj_drop)
     check_probability("mlp_drop", mlp_drop)

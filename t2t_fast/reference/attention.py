@@ -10,11 +10,22 @@ from ..numerics import compute_dtype, no_autocast, product_dtype
 
 def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float) -> Tensor:
     """``dropout(softmax(scale q kᵀ)) v`` for (B, heads, N, D) each, computed in float32 or better."""
-    dtype, out_dtype = compute_dtype(q, k, v), product_dtype(v)
+    return weigh(F.dropout(scores(q, k, scale).softmax(dim=-1), dropout_p), v)
+
+
+def scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """``scale q kᵀ`` (B, heads, N, N) in float32 or better, so that its softmax is."""
+    dtype = compute_dtype(q, k)
     with no_autocast(q):
-        attn = (q.to(dtype) @ k.to(dtype).transpose(-2, -1)) * scale
-        attn = F.dropout(attn.softmax(dim=-1), dropout_p)
-        return (attn @ v.to(dtype)).to(out_dtype)
+        return (q.to(dtype) @ k.to(dtype).transpose(-2, -1)) * scale
+
+
+def weigh(attn: Tensor, v: Tensor) -> Tensor:
+    """``attn v`` in the dtype of a product of ``v``, multiplied in float32 or better."""
+    dtype = compute_dtype(attn, v)
+    with no_autocast(v):
+        y = attn.to(dtype) @ v.to(dtype)
+    return y.to(product_dtype(v))
 
 
 def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:

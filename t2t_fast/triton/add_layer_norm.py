@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ..aten.autograd import wants_gradient
+from ..aten.autograd import differentiable_backward, wants_gradient
 from ..numerics import compute_dtype, no_autocast
-from .availability import cannot_run, no_second_derivative, slower, unmeasured
+from .availability import cannot_run, slower, unmeasured
 
 
 def forward(
@@ -157,7 +158,7 @@ def _(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, y, weight, bias, scale, _, _ = inputs
+    x, y, weight, bias, scale, ctx.eps, _ = inputs
     total, _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
     ctx.dtypes = (x.dtype, y.dtype)
@@ -171,6 +172,8 @@ def _differentiate(
     total, mean, rstd, weight, scale = ctx.saved_tensors
     if d_normed is None:
         d_normed = torch.zeros_like(total)
+    if torch.is_grad_enabled():
+        return _differentiate_by_definition(ctx, d_total, d_normed, total, weight, scale)
     dx, dy, d_weight, d_bias = _backward(
         d_total, d_normed, total, mean, rstd, weight, scale, *ctx.dtypes, ctx.bias_dtype is not None
     )
@@ -184,5 +187,19 @@ def _differentiate(
     )
 
 
+def _differentiate_by_definition(
+    ctx: Any, d_total: Tensor | None, d_normed: Tensor, total: Tensor, weight: Tensor | None, scale: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """The gradients by library operations, themselves differentiable."""
+
+    def normed(total: Tensor, weight: Tensor | None) -> Tensor:
+        return F.layer_norm(total, total.shape[-1:], weight, None, ctx.eps)
+
+    through, d_weight = differentiable_backward(normed, (total, weight), d_normed)
+    dx = d_total if through is None else through if d_total is None else through + d_total
+    dy = None if dx is None or not ctx.needs_input_grad[1] else dx if scale is None else dx * scale[:, None, None]
+    d_bias = d_normed.sum((0, 1)) if ctx.needs_input_grad[3] else None
+    return dx, dy, d_weight, d_bias, *(None,) * 3
+
+
 _add_layer_norm.register_autograd(_differentiate, setup_context=_keep)
-no_second_derivative(_backward, "add_layer_norm")

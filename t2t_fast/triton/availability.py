@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,17 +46,6 @@ def slower(dtype: torch.dtype, x: Tensor) -> str | None:
 def unmeasured() -> str:
     """Why ``auto`` leaves an op alone that has not been timed on a GPU, and may be slower there than the library."""
     return "it has not been measured on a GPU yet; ask for it by name"
-
-
-def no_second_derivative(operator: Any, op: str) -> None:
-    """Make differentiating ``operator``, a backward of ``op``, an error that says what to do."""
-
-    def refuse(ctx: Any, *grads: Tensor) -> Any:
-        raise RuntimeError(
-            f"t2t_fast's Triton {op} has no second derivative; take backend='aten' or use_backend('aten')"
-        )
-
-    operator.register_autograd(refuse, setup_context=lambda ctx, inputs, output: None)
 
 
 @torch.compiler.assume_constant_result

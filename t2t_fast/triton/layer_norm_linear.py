@@ -10,12 +10,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..aten.autograd import wants_gradient
+from ..aten.autograd import differentiable_backward, wants_gradient
 from ..aten.soft_split_linear import fold_norm
-from ..numerics import compute_dtype, is_autocast, no_autocast, product_dtype
+from ..numerics import compute_dtype, no_autocast, product_dtype
 from ..reference.soft_split import as_image
 from .availability import cannot_run, slower, unmeasured
 from .soft_split_linear import backward_input, backward_weight, locate
@@ -50,8 +51,6 @@ def can_run(
     x: Tensor, weight: Tensor, bias: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None, *rest: Any
 ) -> str | None:
     """None, or why not."""
-    if not is_autocast(x) and x.dtype != weight.dtype:
-        return f"the input is {x.dtype}, the weight {weight.dtype}: outside autocast they must agree"
     return cannot_run(product_dtype(x), x, weight, bias, norm_weight, norm_bias)
 
 
@@ -124,7 +123,7 @@ def _(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, offset, ctx.dtype, ctx.norm, _, ctx.gelu, _ = inputs
+    x, weight, offset, ctx.dtype, ctx.norm, ctx.eps, ctx.gelu, _ = inputs
     y, plain, mean, rstd = output
     ctx.mark_non_differentiable(plain, mean, rstd)
     # The result only where a token's variance passes a gradient on.
@@ -134,6 +133,9 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _differentiate(ctx: Any, grad: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
     x, weight, offset, tokens, mean, rstd = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        inputs = (x, weight, offset, ctx.norm, ctx.eps, ctx.gelu)
+        return *differentiable_backward(_definition, inputs, grad)[:3], *(None,) * 5
     if ctx.gelu:
         grad = torch.ops.aten.gelu_backward(grad, tokens)
     gradients = _normed_gradients if ctx.norm else _plain_gradients
@@ -173,6 +175,14 @@ def _normed_gradients(
     if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
         d_weight, d_offset = backward_weight(grad, image, mean, rstd, ctx.dtype, *_WINDOW, True, offset is not None)
     return dx, d_weight, d_offset
+
+
+def _definition(x: Tensor, weight: Tensor, offset: Tensor | None, norm: bool, eps: float, gelu: bool) -> Tensor:
+    """The operator by library operations in float32 or better."""
+    dtype = compute_dtype(x, weight)
+    normed = F.layer_norm(x.to(dtype), x.shape[-1:], eps=eps) if norm else x.to(dtype)
+    y = F.linear(normed, weight.to(dtype), None if offset is None else offset.to(dtype))
+    return F.gelu(y) if gelu else y
 
 
 _layer_norm_linear.register_autograd(_differentiate, setup_context=_keep)

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from ..aten.autograd import differentiable_backward
 from ..numerics import compute_dtype
-from .availability import cannot_run, no_second_derivative, slower
+from ..reference import performer_attention as reference
+from .availability import cannot_run, slower
 
 # What the kernels hold whole in registers and shared memory.
 _LARGEST = 128
@@ -134,12 +136,13 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _differentiate(ctx: Any, grad: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
     saved, needs_dw = ctx.saved_tensors, ctx.needs_input_grad[3]
+    if torch.is_grad_enabled():
+        return differentiable_backward(reference.forward, (*saved[:4], ctx.eps), grad)
     *gradients, dw = _backward(grad, *saved, ctx.eps, needs_dw)
     return *gradients, dw.to(saved[3].dtype) if needs_dw else None, None
 
 
 _performer_attention.register_autograd(_differentiate, setup_context=_keep)
-no_second_derivative(_backward, "performer_attention")
 
 
 @register_flop_formula(torch.ops.t2t_fast.performer_attention)

@@ -9,14 +9,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..aten.autograd import wants_gradient
+from ..aten import soft_split
+from ..aten.autograd import differentiable_backward, wants_gradient
 from ..aten.soft_split_linear import fold_norm
-from ..numerics import compute_dtype, is_autocast, no_autocast, product_dtype
+from ..numerics import compute_dtype, no_autocast, product_dtype
 from ..reference.soft_split import as_image, window_grid
-from .availability import cannot_run, no_second_derivative, slower
+from .availability import cannot_run, slower
 
 Pair = tuple[int, int]
 
@@ -57,8 +59,6 @@ def can_run(
     *geometry: Any,
 ) -> str | None:
     """None, or why not."""
-    if not is_autocast(x) and x.dtype != weight.dtype:
-        return f"the input is {x.dtype}, the weight {weight.dtype}: outside autocast they must agree"
     return cannot_run(product_dtype(x), x, weight, bias, norm_weight, norm_bias)
 
 
@@ -225,7 +225,7 @@ def _(grad: Tensor, image: Tensor, *rest: Any) -> Tensor:
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    image, weight, offset, ctx.dtype, *ctx.geometry, ctx.norm, _, _ = inputs
+    image, weight, offset, ctx.dtype, *ctx.geometry, ctx.norm, ctx.eps, _ = inputs
     ctx.mark_non_differentiable(*output[1:])
     # The tokens only where a window's variance passes a gradient on to the image.
     tokens = output[0] if ctx.norm and ctx.needs_input_grad[0] else output[1]
@@ -234,6 +234,9 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 def _differentiate(ctx: Any, grad: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
     image, weight, offset, tokens, mean, rstd = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        inputs = (image, weight, offset, ctx.geometry, ctx.norm, ctx.eps)
+        return *differentiable_backward(_definition, inputs, grad)[:3], *(None,) * 7
     d_image = d_weight = d_offset = None
     if ctx.needs_input_grad[0]:
         d_image = backward_input(grad, image, weight, offset, tokens, mean, rstd, ctx.dtype, *ctx.geometry, ctx.norm)
@@ -245,9 +248,15 @@ def _differentiate(ctx: Any, grad: Tensor, *unused: Tensor | None) -> tuple[Tens
     return d_image, d_weight, d_offset, *(None,) * 7
 
 
+def _definition(image: Tensor, weight: Tensor, offset: Tensor | None, geometry: Any, norm: bool, eps: float) -> Tensor:
+    """The operator by library operations in float32 or better."""
+    dtype = compute_dtype(image, weight)
+    tokens = soft_split.forward(image.to(dtype), geometry[0], geometry[1], geometry[2], None)
+    tokens = F.layer_norm(tokens, tokens.shape[-1:], eps=eps) if norm else tokens
+    return F.linear(tokens, weight.to(dtype), None if offset is None else offset.to(dtype))
+
+
 _soft_split_linear.register_autograd(_differentiate, setup_context=_keep)
-no_second_derivative(backward_weight, "soft_split_linear")
-no_second_derivative(backward_input, "soft_split_linear")
 
 
 @register_flop_formula(

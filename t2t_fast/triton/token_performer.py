@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..aten.autograd import wants_gradient
+from ..aten.autograd import differentiable_backward, wants_gradient
 from ..aten.soft_split_linear import fold_norm
-from ..numerics import compute_dtype, is_autocast, no_autocast, product_dtype
+from ..aten.token_performer import forward_with_masks
+from ..numerics import compute_dtype, no_autocast, product_dtype
 from ..reference import token_performer as reference
 from . import performer_attention
-from .availability import cannot_run, no_second_derivative, slower
+from .availability import cannot_run, slower
 
 # Widths up to which a token's row and all weights stay in registers.
 _WIDEST = 64
@@ -101,8 +102,6 @@ def draw_seed(x: Tensor) -> Tensor:
 
 def can_run(kqv: Tensor, w: Tensor, proj_weight: Tensor, *rest: Any) -> str | None:
     """None, or why not."""
-    if not is_autocast(kqv) and kqv.dtype != proj_weight.dtype:
-        return f"kqv is {kqv.dtype}, the weights {proj_weight.dtype}: outside autocast they must agree"
     return cannot_run_layer(kqv, product_dtype(kqv), w, proj_weight, *rest)
 
 
@@ -262,12 +261,55 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _differentiate(ctx: Any, grad: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors  # unpacked once: checkpointing insists
+    if torch.is_grad_enabled():
+        *tensors, seed = saved[:9]
+        masks, rest = _masks(tensors[0], tensors[1], tensors[4], seed, *ctx.rest), (None,) * 5
+        return *differentiable_backward(_definition, (*tensors, *masks, *ctx.rest[3:]), grad)[:8], None, *rest
     d_kqv, *gradients = _backward(grad, *saved, *ctx.rest)
     return d_kqv, None, *(g.to(t.dtype) for g, t in zip(gradients, saved[2:8], strict=True)), *(None,) * 6
 
 
+def _definition(
+    kqv: Tensor,
+    w: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    *rest: Any,
+) -> Tensor:
+    """The operator by library operations in float32 or better, given its masks."""
+    tensors = (kqv, w, proj_weight, proj_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    same: list[Any] = [t.to(compute_dtype(kqv)) for t in tensors]
+    arguments = [*same[:4], None, None, *same[4:], *rest]
+    return forward_with_masks(*arguments)[0]
+
+
+@torch.no_grad()
+def _masks(
+    kqv: Tensor,
+    w: Tensor,
+    fc1_weight: Tensor,
+    seed: Tensor | None,
+    dtype: torch.dtype,
+    proj_drop: float,
+    mlp_drop: float,
+    *eps: float,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The factors of both dropouts (B, T, E), or None: what the operator makes of a bias of 1 and zeros elsewhere."""
+    width, hidden = w.shape[1], fc1_weight.shape[0]
+    zero = [fc1_weight.new_zeros(shape) for shape in (width, (hidden, width), hidden, (width, hidden), width)]
+    masks: list[Tensor | None] = []
+    for place, rate in ((0, proj_drop), (4, mlp_drop)):
+        layer = [t + 1 if i == place else t for i, t in enumerate(zero)]
+        tensors = (torch.zeros_like(kqv), w, w.new_zeros(width, width), *layer)
+        masks.append(_token_performer(*tensors, seed, dtype, proj_drop, mlp_drop, *eps)[0] if rate else None)
+    return masks[0], masks[1]
+
+
 _token_performer.register_autograd(_differentiate, setup_context=_keep)
-no_second_derivative(_backward, "token_performer")
 
 
 @register_flop_formula(torch.ops.t2t_fast.token_performer)

@@ -1,0 +1,89 @@
+"""What an op may stand in for: modules as they were made, whose weights are plain tensors and which nobody watches.
+
+Everything else is called: adapters, quantised and parametrised layers, hooked or patched modules, and all of them while
+one of torch's global hooks is registered.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.nn.modules.module import _has_any_global_hook
+
+from ..checks import FLOAT_DTYPES
+
+# torch's own tensors, and what compilers and exporters put in their place. Other subclasses have arithmetic of their
+# own: quantised, distributed or sparse weights.
+_PLAIN_TENSORS = frozenset((nn.Parameter, Tensor, FakeTensor, FunctionalTensor))
+_DTYPES = frozenset(FLOAT_DTYPES)
+
+
+def are_plain(*modules: Any) -> bool:
+    """Whether an op may stand in for calling these modules.
+
+    They are torch's own Linear, LayerNorm over the channels or exact GELU, with plain weights, and nobody watches them.
+    """
+    if _has_any_global_hook():
+        return False
+    for module in modules:
+        kind = type(module)
+        if kind is nn.Linear or kind is nn.LayerNorm:
+            # Missing where parametrisations or pruning compute it.
+            parameters = module._parameters
+            weight, bias = parameters.get("weight", module), parameters.get("bias", module)
+            if not (weight is None or is_plain_weight(weight)) or not (bias is None or is_plain_weight(bias)):
+                return False
+            if kind is nn.LayerNorm and len(module.normalized_shape) != 1:
+                return False
+        elif kind is not nn.GELU or module.approximate != "none":
+            return False
+        if _is_hooked(module):
+            return False
+    return True
+
+
+def is_plain_weight(weight: Any) -> bool:
+    """Whether an op knows this tensor: no subclass with arithmetic of its own, strided, of a floating dtype."""
+    return type(weight) in _PLAIN_TENSORS and weight.dtype in _DTYPES and weight.layout is torch.strided
+
+
+def has_no_weights(norm: Any) -> bool:
+    """Whether it is a LayerNorm without affine weights.
+
+    The soft splits' ops read a missing weight as "no LayerNorm", so pass ``folded=True`` or call the modules.
+    """
+    return isinstance(norm, nn.LayerNorm) and norm._parameters.get("weight", norm) is None
+
+
+def dropout_rate(module: Any) -> float | None:
+    """The rate at which an op may drop in place of ``module``, 0 in evaluation; None if ``module`` must be called."""
+    if type(module) not in (nn.Dropout, nn.Identity) or is_watched(module):
+        return None
+    return module.p if type(module) is nn.Dropout and module.training else 0.0
+
+
+def is_watched(*modules: Any) -> bool:
+    """Whether a hook, of a module's own or of all, sees what goes into one of them or what comes out, in any direction.
+
+    So does a ``forward`` of the module's own, in place of its class's.
+    """
+    return _has_any_global_hook() or any(map(_is_hooked, modules))
+
+
+def is_patched(module: nn.Module) -> bool:
+    """Whether somebody has set another ``forward`` on the module itself."""
+    return "forward" in module.__dict__
+
+
+def _is_hooked(module: Any) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )

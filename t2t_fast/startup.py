@@ -1,0 +1,58 @@
+"""The seconds in which this package is imported, as the user of its command line sees them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+
+@contextlib.contextmanager
+def importing() -> Iterator[None]:
+    """Goes around this package's imports.
+
+    Where Python is starting ``python -m t2t_fast`` or ``t2t-fast``, Ctrl-C ends the program with exit code 130, and an
+    environment variable with a value that is not accepted ends it with one line and exit code 2: both come before
+    ``cli.main`` could handle them. Elsewhere this context does nothing.
+    """
+    if not _is_command():
+        yield
+        return
+    with _interrupt_exits():
+        try:
+            from . import config  # noqa: F401
+        except ValueError as error:
+            if sys.stderr is not None:
+                print("t2t-fast: error:", error, file=sys.stderr)
+            raise SystemExit(2) from None
+        yield
+
+
+def _is_command() -> bool:
+    arguments = getattr(sys, "argv", None) or [""]  # an embedded interpreter may have none
+    program = arguments[0]
+    if program == "-m":  # Python is locating the module
+        return sys.orig_argv[-len(arguments)].removeprefix("-m") == __package__
+    main = os.path.join(os.path.dirname(__file__), "__main__.py")
+    return program == main or os.path.splitext(os.path.basename(program))[0] == "t2t-fast"
+
+
+@contextlib.contextmanager
+def _interrupt_exits() -> Iterator[None]:
+    ours = threading.current_thread() is threading.main_thread()
+    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, _exit_130)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _exit_130(*args: Any) -> None:
+    os._exit(130)  # an exception would surface wherever an import happens to be

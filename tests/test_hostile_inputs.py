@@ -1,0 +1,173 @@
+"""Public functions with wrong arguments: every failure is a TypeError, ValueError or BackendUnavailable in words."""
+
+from __future__ import annotations
+
+import collections
+import inspect
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import t2t_fast
+from t2t_fast import ops
+
+DOCUMENTED = (TypeError, ValueError, t2t_fast.BackendUnavailable)
+
+
+def tensors(*shapes: tuple[int, ...]) -> list[Tensor]:
+    return [torch.randn(shape) * 0.1 for shape in shapes]
+
+
+def calls() -> dict[str, dict[str, Any]]:
+    """Valid arguments of every public op, by name."""
+    image, weight, bias, gamma, beta = tensors((2, 3, 9, 9), (24, 27), (24,), (27,), (27,))
+    window = {"kernel_size": 3, "stride": 2, "padding": 1, "grid": None}
+    k, q, v, w = tensors((2, 5, 8), (2, 5, 8), (2, 5, 8), (4, 8))
+    square, vector = tensors((8, 8), (8,))
+    layer = dict(zip(("proj_weight", "fc1_weight", "fc2_weight"), tensors(*[(8, 8)] * 3), strict=True))
+    layer |= dict(zip(("proj_bias", "fc1_bias", "fc2_bias"), tensors(*[(8,)] * 3), strict=True))
+    tokens, reduce, expand = tensors((2, 5, 8), (2, 8), (8, 2))
+    fc1, fc2, hidden = tensors((12, 8), (8, 12), (12,))
+    mlp = {"x": tokens, "fc1_weight": fc1, "fc1_bias": hidden, "fc2_weight": fc2, "fc2_bias": vector}
+    norms = {"norm_weight": vector, "norm_bias": vector}
+    return {
+        "soft_split": {"x": image, **window},
+        "soft_split_linear": {"x": image, "weight": weight, "bias": bias, "norm_weight": gamma, "norm_bias": beta}
+        | window,
+        "performer_attention": {"k": k, "q": q, "v": v, "w": w},
+        "token_performer": {"kqv": torch.cat((k, q, v), -1), "w": w, **norms, **layer},
+        "soft_split_performer": {
+            "x": image,
+            "kqv_weight": weight,
+            "kqv_bias": bias,
+            "norm1_weight": gamma,
+            "norm1_bias": beta,
+            "w": w,
+            "norm2_weight": vector,
+            "norm2_bias": vector,
+            **layer,
+            **window,
+        },
+        "attention": {"q": q.unsqueeze(1), "k": k.unsqueeze(1), "v": v.unsqueeze(1), "scale": 0.3},
+        "linear": {"x": tokens, "weight": square, "bias": vector},
+        "mlp": mlp,
+        "layer_norm_linear": {"x": tokens, "weight": square, "bias": vector, **norms},
+        "add_layer_norm": {"x": tokens, "y": q, **norms},
+        "se_gate": {"x": tokens, "w_reduce": reduce, "w_expand": expand},
+        "se_mlp": {**mlp, "w_reduce": reduce, "w_expand": expand},
+    }
+
+
+ODD: list[Callable[[Any], Any]] = [
+    lambda value: None,
+    lambda value: "text",
+    lambda value: 3,
+    lambda value: -1,
+    lambda value: 0,
+    lambda value: float("nan"),
+    lambda value: 10**30,
+    lambda value: [1, 2, 3],
+    lambda value: (2, -2),
+    lambda value: {},
+    lambda value: torch.randn(3),
+    lambda value: torch.randn(0, 3, 9, 9),
+    lambda value: torch.tensor(1.0),
+    lambda value: value.unsqueeze(0) if isinstance(value, Tensor) else value,
+    lambda value: value[..., :-1] if isinstance(value, Tensor) else value,
+    lambda value: value.double() if isinstance(value, Tensor) else value,
+    lambda value: value.half() if isinstance(value, Tensor) else value,
+    lambda value: value.to(torch.int64) if isinstance(value, Tensor) else value,
+    lambda value: value.to(torch.complex64) if isinstance(value, Tensor) else value,
+    lambda value: value.bool() if isinstance(value, Tensor) else value,
+    lambda value: value.to_sparse() if isinstance(value, Tensor) else value,
+    lambda value: value.to("meta") if isinstance(value, Tensor) else value,
+]
+
+
+def test_the_calls_cover_every_public_op() -> None:
+    assert sorted(calls()) == sorted(ops.__all__)
+    for name, arguments in calls().items():
+        assert torch.isfinite(getattr(ops, name)(**arguments)[0]).all(), name
+
+
+@pytest.mark.parametrize("name", ops.__all__)
+def test_ops(name: str) -> None:
+    """One or two arguments are replaced; the call works, or fails with a documented error that says why."""
+    draw, outcomes = random.Random(name), collections.Counter[str]()
+    function = getattr(ops, name)
+    known = set(inspect.signature(function).parameters) - {"backend"}
+    for _ in range(250):
+        arguments = calls()[name]
+        for key in draw.sample(sorted(known), draw.choice((1, 1, 2))):
+            arguments[key] = draw.choice(ODD)(arguments.get(key, 0.1))
+        backend = draw.choice(("auto", "auto", "aten", "reference", "native"))
+        try:
+            function(**arguments, backend=backend)
+            outcomes["worked"] += 1
+        except DOCUMENTED as error:
+            assert len(str(error)) > 20, (arguments, error)
+            outcomes["refused"] += 1
+    assert outcomes["refused"] > 50
+
+
+CREATE: dict[str, Any] = {
+    "name": "t2t_vit_7",
+    "img_size": 32,
+    "in_chans": 3,
+    "num_classes": 5,
+    "embed_dim": 32,
+    "depth": 1,
+    "num_heads": 2,
+    "mlp_ratio": 2.0,
+    "qk_scale": None,
+    "qkv_bias": False,
+    "token_dim": 64,
+    "tokens_type": "performer",
+    "block_type": "standard",
+    "drop_rate": 0.0,
+    "attn_drop_rate": 0.0,
+    "drop_path_rate": 0.0,
+    "token_drop_rate": 0.1,
+    "global_pool": "token",
+    "dynamic_img_size": False,
+    "backend": "auto",
+}
+VALUES: list[Any] = [
+    None,
+    "text",
+    "",
+    3,
+    -1,
+    0,
+    2.5,
+    float("nan"),
+    float("inf"),
+    True,
+    [],
+    (32, 48),
+    (1, 2, 3),
+    {},
+    b"x",
+]
+
+
+def test_create_model() -> None:
+    draw, outcomes = random.Random(0), collections.Counter[str]()
+    for _ in range(300):
+        arguments = dict(CREATE)
+        for key in draw.sample(sorted(CREATE), draw.choice((1, 1, 2))):
+            arguments[key] = draw.choice(VALUES)
+        try:
+            model = t2t_fast.create_model(arguments.pop("name"), **arguments)
+        except DOCUMENTED as error:
+            assert len(str(error)) > 20, (arguments, error)
+            outcomes["refused"] += 1
+            continue
+        outcomes["worked"] += 1
+        images = torch.randn(1, model.tokens_to_token.in_chans, *model.img_size)
+        assert torch.isfinite(model.eval()(images)).all(), arguments
+    assert min(outcomes.values()) > 30
