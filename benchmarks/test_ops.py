@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from _cases import CASES, TOLERANCES, VARIANTS, Case, exact_step, runners, step, tensors_of, worst_error
-from _rates import bytes_per_second, operations_per_second
 
 import t2t_fast
+from t2t_fast.bench.cases import CASES, TOLERANCES, Case, exact_step, runners, step, tensors_of, worst_error
+from t2t_fast.bench.common import OP_VARIANTS
+from t2t_fast.bench.rates import bytes_per_second, operations_per_second
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BATCH, DTYPE = (128, torch.bfloat16) if DEVICE.type == "cuda" else (2, torch.float32)
@@ -26,7 +27,7 @@ def rates() -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("part", ["forward", "training"])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", OP_VARIANTS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(", ", "-").replace(" ", "_"))
 def test_op(benchmark: Any, case: Case, variant: str, part: str) -> None:
     functions = runners(case)

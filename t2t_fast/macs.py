@@ -55,7 +55,7 @@ def count_macs(model: nn.Module, image_size: int | Sequence[int] | None = None, 
         ValueError: The model does not tell its image size, and ``image_size`` is None.
     """
     model = getattr(model, "_orig_mod", model)  # what torch.compile wrapped
-    own_size = _own_image_size(model)
+    own_size = own_image_size(model)
     size = own_size if image_size is None else as_pair("image_size", image_size, 1)
     if size is None:
         raise ValueError(f"image_size=None, but a {type(model).__name__} does not tell its own; pass (height, width)")
@@ -112,7 +112,7 @@ class _ActivationCounter(TorchDispatchMode):
         return out
 
 
-def _own_image_size(model: nn.Module) -> tuple[int, int] | None:
+def own_image_size(model: nn.Module) -> tuple[int, int] | None:
     """The (height, width) that the model was built for, by its own word or its timm configuration."""
     for owner in (model, getattr(model, "patch_embed", None)):
         size = getattr(owner, "img_size", None)

@@ -5,20 +5,13 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
+from t2t_fast.bench import compare
+
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-
-
-@pytest.fixture
-def compare(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import compare
-
-    return compare
 
 
 def make(path: Path, means: dict[str, float], spread: float = 0.02, **changes: Any) -> Path:
@@ -42,7 +35,7 @@ def make(path: Path, means: dict[str, float], spread: float = 0.02, **changes: A
     return path
 
 
-def test_real_differences_and_noise(compare: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_real_differences_and_noise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a = make(tmp_path / "a.json", {"fast": 1.0, "slow": 1.0, "same": 1.0, "gone": 1.0})
     b = make(tmp_path / "b.json", {"fast": 0.8, "slow": 1.1, "same": 1.002, "new": 1.0})
     rows = {row["key"][0]: row for row in compare.compare(*(json.loads(p.read_text()) for p in (a, b)))}
@@ -63,7 +56,7 @@ def test_real_differences_and_noise(compare: ModuleType, tmp_path: Path, capsys:
     assert compare.main([str(a), str(a), "--fail-below", "0.99"]) == 0
 
 
-def test_few_rounds_have_no_verdict(compare: ModuleType, tmp_path: Path) -> None:
+def test_few_rounds_have_no_verdict(tmp_path: Path) -> None:
     a, b = make(tmp_path / "a.json", {"m": 1.0}), make(tmp_path / "b.json", {"m": 2.0})
     short = json.loads(b.read_text())
     short["rows"][0]["seconds"] = short["rows"][0]["seconds"][:4]
@@ -77,9 +70,7 @@ def test_few_rounds_have_no_verdict(compare: ModuleType, tmp_path: Path) -> None
     ("status", "code"),
     [("wrong", 1), ("out of memory", 1), ("failed: RuntimeError: x", 1), ("cannot run: y", 0), ("pending", 0)],
 )
-def test_rows_that_were_lost(
-    compare: ModuleType, status: str, code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_rows_that_were_lost(status: str, code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a, b = (make(tmp_path / name, {"m": 1.0, "n": 1.0}) for name in ("a.json", "b.json"))
     lost = json.loads(b.read_text())
     lost["rows"][1] |= {"status": status, "seconds": [], "images_per_second": None}
@@ -88,9 +79,7 @@ def test_rows_that_were_lost(
     assert f"n auto inference float32 8 224: LOST: {status}" in capsys.readouterr().out
 
 
-def test_times_before_a_failure_do_not_count(
-    compare: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_times_before_a_failure_do_not_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Nor does it matter that no row is left to compare."""
     a, b = (make(tmp_path / name, {"m": 1.0}) for name in ("a.json", "b.json"))
     failed = json.loads(b.read_text())
@@ -101,9 +90,7 @@ def test_times_before_a_failure_do_not_count(
 
 
 @pytest.mark.parametrize("changes", [{"images_per_second": None}, {"seconds": [0.0]}, {"seconds": ["1"]}])
-def test_damaged_rows(
-    compare: ModuleType, changes: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_damaged_rows(changes: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a, b = (make(tmp_path / name, {"m": 1.0}) for name in ("a.json", "b.json"))
     damaged = json.loads(b.read_text())
     damaged["rows"][0] |= changes
@@ -114,14 +101,14 @@ def test_damaged_rows(
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_noise_widens_the_interval(compare: ModuleType) -> None:
+def test_noise_widens_the_interval() -> None:
     generator = random.Random(0)
     quiet, loud = ([1 + s * generator.uniform(-1, 1) for _ in range(30)] for s in (0.01, 0.3))
     width = [high - low for _, low, high in (compare.interval(t, t) for t in (quiet, loud))]
     assert width[1] > 5 * width[0]
 
 
-def test_files_of_the_first_format(compare: ModuleType) -> None:
+def test_files_of_the_first_format() -> None:
     """Committed files have a backend in place of a variant."""
     results = sorted((BENCHMARKS / "results").glob("cpu-*101017.json"))
     old = json.loads(results[0].read_text())
@@ -144,7 +131,7 @@ def test_files_of_the_first_format(compare: ModuleType) -> None:
     ],
 )
 def test_what_cannot_be_compared(
-    compare: ModuleType, changes: dict[str, Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    changes: dict[str, Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     a, b = make(tmp_path / "a.json", {"m": 1.0}), make(tmp_path / "b.json", {"m": 1.0}, **changes)
     with pytest.raises(SystemExit) as exit:

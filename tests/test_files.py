@@ -12,6 +12,7 @@ import stat
 import tempfile
 import threading
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from small_models import small
 
 import t2t_fast
 from t2t_fast import CheckpointError, files, save_checkpoint
+from t2t_fast.bench.common import UsageError, result_path, write_json
 from t2t_fast.models import export as export_module
 
 
@@ -292,12 +294,7 @@ def test_tensors_that_a_format_cannot_hold(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
-def test_benchmarks_write_by_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "benchmarks"))
-    from datetime import datetime
-
-    from _common import UsageError, result_path, write_json
-
+def test_benchmarks_write_by_it(tmp_path: Path) -> None:
     (tmp_path / "link.json").symlink_to("real.json")
     write_json(tmp_path / "link.json", {"a": 1})
     assert (tmp_path / "real.json").read_text() == '{\n "a": 1\n}\n'

@@ -11,11 +11,12 @@ import sys
 import textwrap
 import time
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+
+from t2t_fast.bench import gpu_report
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 MEASURED = (
@@ -31,16 +32,10 @@ MEASURED = (
 )
 
 
-@pytest.fixture
-def gpu_report(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import gpu_report
-
-    return gpu_report
-
-
 @pytest.mark.slow
-def test_dry_run(tmp_path: Path, gpu_report: ModuleType) -> None:
+def test_dry_run(
+    tmp_path: Path,
+) -> None:
     """Every stage runs on the CPU and leaves its file."""
     out = tmp_path / "report"
     names = [stage.name for stage in gpu_report.stages(1, "")]
@@ -75,22 +70,20 @@ def test_dry_run(tmp_path: Path, gpu_report: ModuleType) -> None:
     assert "===== kernels: " in (out / "log.txt").read_text()
 
 
-def stage(gpu_report: ModuleType, name: str, code: str, share: float = 1) -> object:
+def stage(name: str, code: str, share: float = 1) -> object:
     command = (sys.executable, "-u", "-c", code)
     return gpu_report.Stage(name, share, command, command)
 
 
-def test_a_stage_that_hangs_is_cut_and_the_others_run(
-    gpu_report: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stage_that_hangs_is_cut_and_the_others_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hang = "import signal, time; signal.signal(signal.SIGINT, lambda *a: exit(3)); print('begun'); time.sleep(60)"
     todo = [
-        stage(gpu_report, "hangs", hang),
-        stage(gpu_report, "fails", "print('FAILED tests/x.py::y'); exit(7)"),
-        stage(gpu_report, "works", "print('fine')"),
+        stage("hangs", hang),
+        stage("fails", "print('FAILED tests/x.py::y'); exit(7)"),
+        stage("works", "print('fine')"),
     ]
     monkeypatch.setattr(gpu_report, "stages", lambda workers, arch: todo)
-    monkeypatch.setattr(gpu_report, "_environment", dict)  # whose first call takes seconds
+    monkeypatch.setattr(gpu_report, "collect_env", dict)  # whose first call takes seconds
     started = time.monotonic()
     assert gpu_report.main(["--out", str(tmp_path), "--dry-run", "--minutes", "0.25"]) == 1
     assert time.monotonic() - started < 15
@@ -114,13 +107,12 @@ def test_a_signal_ends_the_stage_and_keeps_what_is_known(tmp_path: Path, number:
         time.sleep(60)"""
     script = f"""
         import sys
-        sys.path.insert(0, {str(BENCHMARKS)!r})
-        import gpu_report
+        from t2t_fast.bench import gpu_report
         def stage(name, code):
             return gpu_report.Stage(name, 1, (), (sys.executable, "-c", code))
         todo = [stage("quick", "print('fine')"), stage("hangs", {textwrap.dedent(child)!r}), stage("later", "")]
         gpu_report.stages = lambda workers, arch: todo
-        gpu_report._environment = dict
+        gpu_report.collect_env = dict
         sys.exit(gpu_report.main(["--out", {str(tmp_path)!r}, "--dry-run", "--minutes", "2"]))"""
     command = [sys.executable, "-c", textwrap.dedent(script)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -160,9 +152,7 @@ def a_result(kind: str, **more: Any) -> str:
     return json.dumps({**content, "rows": [], **more})
 
 
-def test_results_get_their_proper_names(
-    gpu_report: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_results_get_their_proper_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole ones alone: what was cut, and what is no result, stays where it is."""
     files = {
         "whole": (a_result("throughput", complete=True), 0),
@@ -174,11 +164,11 @@ def test_results_get_their_proper_names(
     }
     code = "import pathlib; pathlib.Path({path!r}).write_text({text!r}); exit({status})"
     todo = [
-        stage(gpu_report, name, code.format(path=str(tmp_path / f"{name}.json"), text=text, status=status))
+        stage(name, code.format(path=str(tmp_path / f"{name}.json"), text=text, status=status))
         for name, (text, status) in files.items()
     ]
     monkeypatch.setattr(gpu_report, "stages", lambda workers, arch: todo)
-    monkeypatch.setattr(gpu_report, "_environment", dict)
+    monkeypatch.setattr(gpu_report, "collect_env", dict)
     assert gpu_report.main(["--out", str(tmp_path), "--dry-run"]) == 1
     names = sorted(path.name for path in (tmp_path / "results").iterdir())
     assert names == [
@@ -191,9 +181,7 @@ def test_results_get_their_proper_names(
     assert last == f"copy {tmp_path}/results/*.json to benchmarks/results, then run python benchmarks/report.py"
 
 
-def test_an_earlier_report_is_not_taken_for_this_one(
-    gpu_report: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_earlier_report_is_not_taken_for_this_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def of(model: str, hour: int) -> str:
         row = {"table": model, "kind": "half", "best": 1.0, "failed": {}, "tried": 3, "status": "ok"}
         return a_result("tuning", rows=[row], date=f"2026-11-25T{hour}:20:30+00:00")
@@ -206,9 +194,9 @@ def test_an_earlier_report_is_not_taken_for_this_one(
         (results / name.format(10 + index)).write_text(of(f"OLD_{which.upper()}", 10 + index))
     for kept in ("summary.txt", "report.json"):
         (tmp_path / kept).write_text("old")
-    todo = [stage(gpu_report, "tuning", "exit(1)"), stage(gpu_report, "unasked", "")]
+    todo = [stage("tuning", "exit(1)"), stage("unasked", "")]
     monkeypatch.setattr(gpu_report, "stages", lambda workers, arch: todo)
-    monkeypatch.setattr(gpu_report, "_environment", dict)
+    monkeypatch.setattr(gpu_report, "collect_env", dict)
     assert gpu_report.main(["--out", str(tmp_path), "--dry-run", "--stages", "tuning"]) == 1
     assert not (tmp_path / "tuning.json").exists()
     assert "OLD" not in (tmp_path / "summary.txt").read_text()
@@ -216,21 +204,19 @@ def test_an_earlier_report_is_not_taken_for_this_one(
     assert [path.name for path in results.iterdir()] == [name.format(11)]
 
 
-def test_what_is_not_installed_is_skipped(
-    gpu_report: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_not_installed_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_report.shutil, "which", lambda *a, **k: None)
     (memcheck,) = (stage for stage in gpu_report.stages(1, "9.0") if stage.name == "memcheck")
     missing = gpu_report.Stage("memcheck", 1, (), ("no-such-program-here", *memcheck.command[1:]))
     assert memcheck.command[0] == "compute-sanitizer"
     monkeypatch.setattr(gpu_report, "stages", lambda workers, arch: [missing])
-    monkeypatch.setattr(gpu_report, "_environment", dict)
+    monkeypatch.setattr(gpu_report, "collect_env", dict)
     assert gpu_report.main(["--out", str(tmp_path), "--dry-run"]) == 0
     (line,) = json.loads((tmp_path / "report.json").read_text())["stages"]
     assert line["status"] == "skipped: no-such-program-here is not installed"
 
 
-def test_the_summary_stays_short(gpu_report: ModuleType, tmp_path: Path) -> None:
+def test_the_summary_stays_short(tmp_path: Path) -> None:
     output = [*[f"SKIPPED [1] tests/x.py:{i}: none" for i in range(9)], *[f"FAILED tests/x.py::y{i}" for i in range(3)]]
     results = [{"stage": f"s{i}", "status": "ok", "seconds": 1.0, "output": output} for i in range(20)]
     lines = gpu_report.summarise(results, tmp_path)
@@ -241,7 +227,7 @@ def test_the_summary_stays_short(gpu_report: ModuleType, tmp_path: Path) -> None
     assert lines[26].strip() == "... and 6 more in log.txt"
 
 
-def test_kernels_in_the_summary(gpu_report: ModuleType, tmp_path: Path) -> None:
+def test_kernels_in_the_summary(tmp_path: Path) -> None:
     parts = {part: {"floor_s": floor} for part, floor in (("forward", 1e-4), ("training", 3e-4))}
     times = {"reference": (9e-4, 9e-4), "aten": (4e-4, 6e-4), "triton": (1.5e-4, 4.5e-4)}
     rows: list[dict[str, Any]] = [
@@ -257,7 +243,7 @@ def test_kernels_in_the_summary(gpu_report: ModuleType, tmp_path: Path) -> None:
     )
 
 
-def test_the_gpu_tests_are_named(gpu_report: ModuleType) -> None:
+def test_the_gpu_tests_are_named() -> None:
     tests = Path(__file__).parent
     marked = [path.name for path in sorted(tests.glob("test_*.py")) if re.search(r"mark\.gpu\b", path.read_text())]
     assert list(gpu_report.GPU_TESTS) == [f"tests/{name}" for name in marked]
@@ -287,7 +273,7 @@ def test_files_are_collected_without_their_packages() -> None:
     assert "test_memory.py" in done.stdout and "test_export.py" not in done.stdout
 
 
-def test_stages_in_order_of_worth(gpu_report: ModuleType) -> None:
+def test_stages_in_order_of_worth() -> None:
     stages = gpu_report.stages(4, "9.0")
     names = [stage.name for stage in stages]
     assert " ".join(names) == (
@@ -306,7 +292,7 @@ def test_stages_in_order_of_worth(gpu_report: ModuleType) -> None:
     assert "--no-compile" not in commands["kernels-compiled"]
 
 
-def test_every_command_names_files_that_exist(gpu_report: ModuleType) -> None:
+def test_every_command_names_files_that_exist() -> None:
     for stage in gpu_report.stages(4, "9.0"):
         for part in (*stage.command, *stage.dry):
             if part.endswith(".py"):
@@ -314,7 +300,7 @@ def test_every_command_names_files_that_exist(gpu_report: ModuleType) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_bad_arguments(gpu_report: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
     for arguments, message in (
         (["--out", str(tmp_path)], "there is no CUDA device; --dry-run walks through all stages"),

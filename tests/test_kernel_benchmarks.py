@@ -4,55 +4,80 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
+from torch.utils.flop_counter import FlopCounterMode
+
+from t2t_fast import ops
+from t2t_fast.bench import kernels, rates, tables
+from t2t_fast.bench.cases import CASES, exact_step, runners, step, tensors_of, worst_error
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
-@pytest.fixture
-def kernels(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import kernels
-
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every timing is one call, and the machine's rates are made up."""
     monkeypatch.setattr(kernels, "median_seconds", lambda function, device: function() is None or 1e-3)
-    return kernels
+    monkeypatch.setattr(kernels, "bytes_per_second", lambda device: 1e10)
+    monkeypatch.setattr(kernels, "operations_per_second", lambda dtype, device: 1e11)
 
 
-def test_every_op_has_a_case(kernels: ModuleType) -> None:
-    from t2t_fast import ops
+def test_rates_of_this_machine() -> None:
+    """A copy of memory and a product of matrices, in bytes and operations per second: within what CPUs have."""
+    device = torch.device("cpu")
+    assert 1e8 < rates.bytes_per_second(device) < 1e13
+    assert 1e8 < rates.operations_per_second(torch.float32, device) < 1e15
 
+
+def test_every_op_has_a_case() -> None:
     # token_performer is the second half of soft_split_performer, soft_split a copy.
-    assert {case.op for case in kernels.CASES} == set(ops.__all__) - {"token_performer", "soft_split"}
+    assert {case.op for case in CASES} - {"tokens_to_token"} == set(ops.__all__) - {"token_performer", "soft_split"}
 
 
-def test_table_and_result_file(kernels: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_table_and_result_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "kernels.json"
     arguments = ["--ops", "se_gate", "add_layer_norm", "--batch-size", "1", "--no-compile", "--device", "cpu"]
     assert kernels.main([*arguments, "--output", str(path)]) == 0
     result = json.loads(path.read_text())
     assert list(result["work"]) == ["add_layer_norm, 384", "se_gate, 384"]
-    assert result["work"]["se_gate, 384"]["forward"]["bytes"] == 2 * 197 * 384 * 4
+    work = result["work"]["se_gate, 384"]["forward"]
+    assert work["bytes"] == 2 * 197 * 384 * 4
+    assert work["floor_s"] == work["bytes"] / 1e10  # no products: the bytes decide
     timed = {(row["op"], row["variant"]) for row in result["rows"] if "forward_s" in row and "training_s" in row}
     assert {("se_gate", "reference"), ("se_gate", "aten"), ("add_layer_norm", "aten")} <= timed
     assert all(row["passed"] and row.get("error", 0) < 1e-5 for row in result["rows"])
     assert "over floor" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("value", [float("nan"), 2.0])
-def test_a_wrong_result_is_not_timed(
-    kernels: ModuleType, value: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import importlib
+def test_the_tokens_to_token_module(tmp_path: Path) -> None:
+    """Of both models: auto beside the definition, forward and in a training step."""
+    path = tmp_path / "kernels.json"
+    arguments = ["--ops", "tokens_to_token", "--batch-size", "1", "--no-compile", "--device", "cpu"]
+    assert kernels.main([*arguments, "--output", str(path)]) == 0
+    result = json.loads(path.read_text())
+    timed = [(row["use"], row["variant"]) for row in result["rows"] if {"forward_s", "training_s"} <= row.keys()]
+    models = ("t2t_vit_14", "t2t_vit_t_14")
+    assert timed == [(model, variant) for model in models for variant in ("reference", "auto")]
+    assert all(row["error"] < 1e-4 for row in result["rows"])
+    # The image and 196 tokens of 384 channels, and in training the image again and the gradient of the tokens.
+    work = result["work"]["tokens_to_token, t2t_vit_14"]
+    assert work["forward"]["bytes"] == 4 * (3 * 224**2 + 196 * 384) == work["training"]["bytes"] / 2
+    assert "| tokens_to_token, t2t_vit_t_14 | training |" in tables.kernels(result)
 
+
+@pytest.mark.parametrize("value", [float("nan"), 2.0])
+def test_a_wrong_result_is_not_timed(value: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = importlib.import_module("t2t_fast.ops.se_gate")
     implementations = tuple(
         dataclasses.replace(i, run=lambda *args, run=i.run: run(*args) * value) if i.backend == "aten" else i
@@ -69,11 +94,8 @@ def test_a_wrong_result_is_not_timed(
     assert rows["reference"]["passed"] is True
 
 
-def test_all_wrong_by_a_factor(kernels: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_wrong_by_a_factor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The literal form does not loosen its own gate."""
-    import _cases
-
-    step = _cases.step
     monkeypatch.setattr(kernels, "step", lambda function, tensors: [1000 * t for t in step(function, tensors)])
     path = tmp_path / "kernels.json"
     arguments = ["--ops", "se_gate", "--batch-size", "1", "--no-compile", "--device", "cpu"]
@@ -83,11 +105,7 @@ def test_all_wrong_by_a_factor(kernels: ModuleType, tmp_path: Path, monkeypatch:
     assert rows[0]["status"].startswith("wrong")
 
 
-def test_a_row_that_fails_does_not_end_the_others(
-    kernels: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import importlib
-
+def test_a_row_that_fails_does_not_end_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object) -> None:
         raise RuntimeError("out of resources:\nshared memory")
 
@@ -102,9 +120,8 @@ def test_a_row_that_fails_does_not_end_the_others(
     assert rows["add_layer_norm", "reference"]["passed"] and rows["se_gate", "aten"]["passed"]
 
 
-def test_tensors_that_do_not_fit(kernels: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensors_that_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not even those of the batch to be timed end the other ops."""
-    tensors_of = kernels.tensors_of
 
     def limited(case: Any, batch: int, *args: Any) -> Any:
         if case.op == "add_layer_norm" and batch > 4:
@@ -120,15 +137,15 @@ def test_tensors_that_do_not_fit(kernels: ModuleType, tmp_path: Path, monkeypatc
     assert "training_s" in rows["se_gate", "aten"]
 
 
-def test_a_reference_that_fails_blames_no_other(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    (case,) = (case for case in kernels.CASES if case.op == "se_gate")
-    exact, calls = kernels.exact_step, list[int]()
+def test_a_reference_that_fails_blames_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    (case,) = (case for case in CASES if case.op == "se_gate")
+    calls = list[int]()
 
     def failing_once(*args: Any) -> Any:
         calls.append(0)
         if len(calls) == 1:
             raise RuntimeError("once")
-        return exact(*args)
+        return exact_step(*args)
 
     monkeypatch.setattr(kernels, "exact_step", failing_once)
     rows = {row["variant"]: row for row in kernels.measure(case, 1, torch.float32, torch.device("cpu"), False)}
@@ -136,11 +153,9 @@ def test_a_reference_that_fails_blames_no_other(kernels: ModuleType, monkeypatch
     assert rows["aten"]["status"] == "ok"
 
 
-def test_exchanged_gradients_are_wrong(kernels: ModuleType) -> None:
+def test_exchanged_gradients_are_wrong() -> None:
     """Of an op with two results of one shape."""
-    from _cases import exact_step, step, tensors_of, worst_error
-
-    (case,) = (case for case in kernels.CASES if case.op == "add_layer_norm")
+    (case,) = (case for case in CASES if case.op == "add_layer_norm")
     tensors = tensors_of(case, 1, torch.float32, torch.device("cpu"))
 
     class Exchanged(torch.autograd.Function):
@@ -158,11 +173,12 @@ def test_exchanged_gradients_are_wrong(kernels: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("factor", [1.0, 1.5])
-def test_the_suite_times_nothing_wrong(kernels: ModuleType, factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    import test_ops
-
+def test_the_suite_times_nothing_wrong(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = importlib.util.spec_from_file_location("test_ops", BENCHMARKS / "test_ops.py")
+    test_ops = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(test_ops)
     monkeypatch.setattr(test_ops, "rates", lambda: (1e9, 1e9))
-    (case,) = (case for case in kernels.CASES if case.op == "se_gate")
+    (case,) = (case for case in CASES if case.op == "se_gate")
 
     def call(backend: str, tensors: Any) -> torch.Tensor:
         return case.call(backend, tensors) * (factor if backend == "aten" else 1.0)
@@ -179,11 +195,8 @@ def test_the_suite_times_nothing_wrong(kernels: ModuleType, factor: float, monke
     assert benchmark.timed == (factor == 1)
 
 
-def test_every_case_is_compiled(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_case_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """All share one line of code, and Dynamo's limit of programs for it."""
-    from _cases import runners, tensors_of
-    from torch._dynamo.testing import CompileCounter
-
     compile, counters = torch.compile, list[CompileCounter]()
 
     def counting(function: object, **options: object) -> object:
@@ -191,7 +204,7 @@ def test_every_case_is_compiled(kernels: ModuleType, monkeypatch: pytest.MonkeyP
         return compile(function, backend=counters[-1], **options)
 
     monkeypatch.setattr(torch, "compile", counting)
-    small = [case for case in kernels.CASES if "3136" not in case.use]
+    small = [case for case in CASES if "3136" not in case.use and case.op != "tokens_to_token"]
     assert len(small) > 8
     with torch._dynamo.config.patch(recompile_limit=8):  # torch's own, whatever ran before
         for case in small:
@@ -203,11 +216,9 @@ def test_every_case_is_compiled(kernels: ModuleType, monkeypatch: pytest.MonkeyP
             assert counters[-1].frame_count == 2, case.name
 
 
-def test_gradients_are_drawn_once(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_are_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who times a step must not time the drawing of random numbers."""
-    from _cases import runners, step, tensors_of
-
-    (case,) = (case for case in kernels.CASES if case.op == "add_layer_norm")
+    (case,) = (case for case in CASES if case.op == "add_layer_norm")
     tensors = tensors_of(case, 1, torch.float32, torch.device("cpu"))
     first = step(runners(case)["aten"], tensors)
     monkeypatch.setattr(torch, "randn", lambda *args, **kwargs: pytest.fail("drawn again"))
@@ -215,12 +226,9 @@ def test_gradients_are_drawn_once(kernels: ModuleType, monkeypatch: pytest.Monke
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_work_is_the_matrix_products(kernels: ModuleType) -> None:
+def test_work_is_the_matrix_products() -> None:
     """The flops of every case equal those that torch counts for its reference."""
-    from _cases import tensors_of
-    from torch.utils.flop_counter import FlopCounterMode
-
-    for case in kernels.CASES:
+    for case in CASES:
         tensors = tensors_of(case, 1, torch.float32, torch.device("cpu"))
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             case.call("reference", tensors)
@@ -228,13 +236,10 @@ def test_work_is_the_matrix_products(kernels: ModuleType) -> None:
         assert abs(counted - claimed) <= 0.02 * counted + 2e5, case.name  # the gates' and denominators' are left out
 
 
-def test_the_suites_are_collected_only_when_asked_for() -> None:
-    root = BENCHMARKS.parent
-    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider"]
-    asked = subprocess.run([*command, "benchmarks"], cwd=root, capture_output=True, text=True)
-    assert "benchmarks/test_ops.py::test_op[" in asked.stdout, asked.stdout + asked.stderr
+def test_the_suite_runs_when_asked_for() -> None:
     one = ["benchmarks", "-k", "se_gate and forward and aten", "--benchmark-only", "--benchmark-min-rounds=2"]
-    command = [*command[:3], *one, "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-v", *one, "-p", "no:cacheprovider"]
     alone = {name: value for name, value in os.environ.items() if "XDIST" not in name}  # whose workers time nothing
-    ran = subprocess.run(command, cwd=root, env=alone, capture_output=True, text=True)
-    assert "1 passed" in ran.stdout, ran.stdout + ran.stderr
+    ran = subprocess.run(command, cwd=BENCHMARKS.parent, env=alone, capture_output=True, text=True)
+    assert "benchmarks/test_ops.py::test_op[" in ran.stdout, ran.stdout + ran.stderr
+    assert "1 passed" in ran.stdout

@@ -4,23 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+from t2t_fast.bench import memory
 
 
-@pytest.fixture
-def memory(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import memory
-
-    return memory
-
-
-def test_allocations_are_added_up(memory: ModuleType) -> None:
+def test_allocations_are_added_up() -> None:
     def function() -> torch.Tensor:
         kept = torch.ones(1000)
         torch.ones(5000)  # gone at once
@@ -32,7 +23,7 @@ def test_allocations_are_added_up(memory: ModuleType) -> None:
     assert phase.end == result.numel() * 4
 
 
-def test_token_transformer_never_makes_the_matrix_of_its_scores(memory: ModuleType, tmp_path: Path) -> None:
+def test_token_transformer_never_makes_the_matrix_of_its_scores(tmp_path: Path) -> None:
     path = tmp_path / "memory.json"
     arguments = ["--models", "t2t_vit_t_14", "--img-size", "112", "--batch-size", "2", "--device", "cpu"]
     assert memory.main([*arguments, "--output", str(path)]) == 0
@@ -58,9 +49,7 @@ def test_token_transformer_never_makes_the_matrix_of_its_scores(memory: ModuleTy
         (["--variants", "frozen"], "--variants: invalid choice: 'frozen'"),
     ],
 )
-def test_bad_arguments(
-    memory: ModuleType, arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_arguments(arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:
         memory.main([*arguments, "--device", "cpu", "--output", str(tmp_path)])
     assert exit.value.code == 2

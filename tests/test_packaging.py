@@ -122,6 +122,9 @@ def test_regular_install_in_the_repository_root(archives: dict[str, Path], sourc
 
 def test_uninstalled_in_the_repository_root(source: Path, venv: Path) -> None:
     assert imported_from(venv, cwd=source) == [source / "t2t_fast", source / "kernels"]
+    result = next((source / "benchmarks" / "results").glob("cpu-*.json"))
+    output = run(venv / "bin" / "python", "benchmarks/compare.py", result, result, cwd=source)
+    assert "t2t_vit_14" in output
 
 
 USE_THE_EXTENSION = """
@@ -175,9 +178,23 @@ def test_a_broken_build_is_reported_in_the_compilers_words(source: Path, venv: P
         assert "undeclared_name" in words
 
 
+def test_bench_of_an_installed_wheel(archives: dict[str, Path], venv: Path, tmp_path: Path) -> None:
+    """Without a checkout the result lies in the working directory, and no commit is told."""
+    install(venv, archives["wheel"])
+    folder = tmp_path / "here"
+    folder.mkdir()
+    tiny = ("--models", "t2t_vit_7", "--variants", "auto", "--img-size", "32", "--batch-size", "1", "--repeats", "1")
+    command = (venv / "bin" / "python", "-m", "t2t_fast", "bench", *tiny, "--synthetic", "--no-plot", "--device", "cpu")
+    output = run(*command, cwd=folder)
+    (path,) = folder.iterdir()
+    assert f"results: {path}" in output
+    result = json.loads(path.read_text())
+    assert result["complete"] and result["environment"]["git"] is None
+
+
 def test_wheel_contents(archives: dict[str, Path]) -> None:
     names = zipfile.ZipFile(archives["wheel"]).namelist()
-    assert {"t2t_fast/py.typed", "t2t_fast/kernels/__init__.py"} <= set(names)
+    assert {"t2t_fast/py.typed", "t2t_fast/kernels/__init__.py", "t2t_fast/bench/__init__.py"} <= set(names)
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"t2t_fast"}, "owns one top-level name"
 
 
@@ -191,6 +208,7 @@ def test_import_is_cheap() -> None:
     reports = [json.loads(run(sys.executable, "-c", IMPORT, cwd=ROOT).splitlines()[-1]) for _ in range(3)]
     assert "t2t_fast" in reports[0]["modules"], "something else imported it"
     assert not {"torch.utils.cpp_extension", "torch._inductor.codecache"} & set(reports[0]["modules"])
+    assert not any(name.startswith(("t2t_fast.bench", "t2t_fast.cli")) for name in reports[0]["modules"])
     assert reports[0]["processes"] == []
     assert not reports[0]["cuda"]
     assert min(report["seconds"] for report in reports) < 0.5

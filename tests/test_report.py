@@ -5,28 +5,21 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+
+from t2t_fast.bench import report
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-@pytest.fixture
-def report(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import report
-
-    return report
-
-
-def test_docs_agree_with_the_files(report: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_docs_agree_with_the_files(capsys: pytest.CaptureFixture[str]) -> None:
     assert report.main(["--check"]) == 0, capsys.readouterr().out
 
 
-def test_every_committed_file_is_shown(report: ModuleType) -> None:
+def test_every_committed_file_is_shown() -> None:
     text = (ROOT / "docs" / "results.md").read_text()
     for path in RESULTS.glob("*.json"):
         assert path.name in text, f"{path.name} is superseded by a newer file: remove it"
@@ -38,12 +31,12 @@ def test_every_picture_exists() -> None:
             assert (page.parent / name).is_file(), f"{page.name}: {name} is missing: run python benchmarks/report.py"
 
 
-def test_a_changed_figure_is_noticed(report: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_changed_figure_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("benchmarks/results", "docs"):
         (tmp_path / name).mkdir(parents=True)
     for path in [*RESULTS.glob("*.json"), ROOT / "README.md", ROOT / "docs" / "results.md"]:
         (tmp_path / path.relative_to(ROOT)).write_text(path.read_text())
-    monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.setattr(report, "checkout", lambda: tmp_path)
     assert report.main(["--check"]) == 0
     path = next(p for p in (tmp_path / "benchmarks/results").glob("cpu-amd*.json"))
     result = json.loads(path.read_text())
@@ -86,7 +79,7 @@ def gpu_file(**changes: Any) -> dict[str, Any]:
     return content | {"command": "python benchmarks/throughput.py", "environment": environment} | changes
 
 
-def test_gpu_tables_and_plots_appear_with_a_file(report: ModuleType, tmp_path: Path) -> None:
+def test_gpu_tables_and_plots_appear_with_a_file(tmp_path: Path) -> None:
     assert report.blocks([])["gpu"] == report.blocks([])["measured"] == "Not measured yet."
     (tmp_path / "a.json").write_text(json.dumps(gpu_file()))
     (tmp_path / "b.json").write_text(json.dumps(gpu_file(date="2026-02-01")))
@@ -103,7 +96,7 @@ def test_gpu_tables_and_plots_appear_with_a_file(report: ModuleType, tmp_path: P
     assert first == second  # drawn twice, the same bytes
 
 
-def test_the_readme_shows_the_newest_run(report: ModuleType, tmp_path: Path) -> None:
+def test_the_readme_shows_the_newest_run(tmp_path: Path) -> None:
     """Of one machine, mode, precision and batch, whatever else the commands ask for; decoding is another thing."""
     (tmp_path / "new.json").write_text(json.dumps(gpu_file(date="2026-02-01", command="x --models paper")))
     (tmp_path / "old.json").write_text(json.dumps(gpu_file()))
@@ -114,7 +107,7 @@ def test_the_readme_shows_the_newest_run(report: ModuleType, tmp_path: Path) -> 
     assert "new.json" in measured and "old.json" not in measured and "loader.json" not in measured
 
 
-def test_a_tuning_file_is_shown(report: ModuleType, tmp_path: Path) -> None:
+def test_a_tuning_file_is_shown(tmp_path: Path) -> None:
     config = {"blocks": {"BLOCK_M": 64, "BLOCK_N": 32}, "num_warps": 8, "num_stages": 3}
     row = {"table": "ADD_LAYER_NORM", "kind": "half", "tried": 5, "failed": {"c": "too large"}}
     rows = [
@@ -127,7 +120,7 @@ def test_a_tuning_file_is_shown(report: ModuleType, tmp_path: Path) -> None:
     assert "| ADD_LAYER_NORM | half | 5 | 1 | shipped configuration: no |  |  |" in text
 
 
-def test_what_is_no_result_file(report: ModuleType, tmp_path: Path) -> None:
+def test_what_is_no_result_file(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text("[]")
     with pytest.raises(report.UsageError, match=r"x\.json is no result file"):
         report.load(tmp_path)

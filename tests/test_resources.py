@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import triton
 
+from t2t_fast.bench import resources
+
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "benchmarks" / "resources.py"
 TABLE = json.loads((ROOT / "benchmarks" / "resources.json").read_text())
@@ -55,9 +57,7 @@ def test_the_table_is_complete_and_clean() -> None:
 
 
 def test_the_table_belongs_to_the_kernels() -> None:
-    code = f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r}); import resources; print(resources.source_digest())"
-    digest = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
-    assert TABLE["kernels"] == digest, "the kernels have changed: run python benchmarks/resources.py"
+    assert TABLE["kernels"] == resources.source_digest(), "the kernels have changed: run python benchmarks/resources.py"
 
 
 @pytest.mark.slow
@@ -73,7 +73,18 @@ def test_compiling_again_gives_the_table() -> None:
         assert rows == kept
 
 
-def test_a_selection_does_not_replace_the_table() -> None:
-    done = run("--arch", "90")
-    assert done.returncode == 2
-    assert done.stderr.endswith("a selection of chips or kinds is no whole table: add --dry-run\n")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--arch", "90"], "a selection of chips or kinds is no whole table: add --dry-run"),
+        (["--dry-run"], "TRITON_INTERPRET is set, and Triton's interpreter compiles nothing: unset it"),
+    ],
+)
+def test_bad_arguments(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(SystemExit) as exit:
+        resources.main(arguments)
+    assert exit.value.code == 2
+    assert capsys.readouterr().err == f"resources.py: error: {message}\n"

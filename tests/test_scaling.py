@@ -5,26 +5,18 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
+from t2t_fast.bench import scaling
 from t2t_fast.macs import Macs
 
 ROOT = Path(__file__).resolve().parents[1]
 FILE = re.compile(r"Measured on one .*; \[(.+?)\]")
 
 
-@pytest.fixture
-def scaling(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import scaling
-
-    return scaling
-
-
-def machine(scaling: ModuleType, **changes: Any) -> Any:
+def machine(**changes: Any) -> Any:
     given = {
         "flops": 1e15,
         "efficiency": 0.5,
@@ -38,25 +30,25 @@ def machine(scaling: ModuleType, **changes: Any) -> Any:
     return scaling.Machine(**{**given, **changes})
 
 
-def test_all_reduce(scaling: ModuleType) -> None:
+def test_all_reduce() -> None:
     size = 8e8
-    assert scaling.all_reduce(size, 1, machine(scaling)) == 0
-    assert scaling.all_reduce(size, 8, machine(scaling)) == pytest.approx(2 * 7 / 8 * 8e8 / 1e11)
-    inside = scaling.all_reduce(size, 8, machine(scaling))
-    assert scaling.all_reduce(size, 16, machine(scaling)) == pytest.approx(inside + 2 * 1 / 2 * 1e8 / 1e10)
-    assert scaling.all_reduce(0, 64, machine(scaling, latency=1e-6)) == pytest.approx((2 * 7 + 2 * 7) * 1e-6)
+    assert scaling.all_reduce(size, 1, machine()) == 0
+    assert scaling.all_reduce(size, 8, machine()) == pytest.approx(2 * 7 / 8 * 8e8 / 1e11)
+    inside = scaling.all_reduce(size, 8, machine())
+    assert scaling.all_reduce(size, 16, machine()) == pytest.approx(inside + 2 * 1 / 2 * 1e8 / 1e10)
+    assert scaling.all_reduce(0, 64, machine(latency=1e-6)) == pytest.approx((2 * 7 + 2 * 7) * 1e-6)
 
 
-def test_a_step(scaling: ModuleType) -> None:
+def test_a_step() -> None:
     cost = Macs(params=10**7, macs=10**9, activations=10**7)
-    step = scaling.step(cost, 100, 8, machine(scaling), None)
+    step = scaling.step(cost, 100, 8, machine(), None)
     assert step.compute == step.arithmetic == pytest.approx(100 * 6e9 / 5e14)
     assert step.exposed == step.all_reduce
     assert step.seconds == step.compute + step.all_reduce
-    slow = scaling.step(cost, 100, 8, machine(scaling, bandwidth=1e10), None)
+    slow = scaling.step(cost, 100, 8, machine(bandwidth=1e10), None)
     assert slow.compute == slow.memory == pytest.approx((100 * 2 * 5 * 1e7 + 7 * 4e7) / 1e10)
-    assert scaling.step(cost, 100, 8, machine(scaling, bandwidth=1.0), 50.0).compute == 2.0
-    hidden = scaling.step(cost, 100, 8, machine(scaling, overlap=1.0), None)
+    assert scaling.step(cost, 100, 8, machine(bandwidth=1.0), 50.0).compute == 2.0
+    hidden = scaling.step(cost, 100, 8, machine(overlap=1.0), None)
     assert hidden.exposed == pytest.approx(max(0.0, hidden.all_reduce - hidden.compute * 2 / 3))
 
 
@@ -77,7 +69,7 @@ def training_file(path: Path, **changes: Any) -> Path:
     return path
 
 
-def test_measured_speeds_of_one_gpu(scaling: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_measured_speeds_of_one_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = training_file(tmp_path / "gpu.json")
     assert scaling.main(["--result", str(path)]) == 0
     text = capsys.readouterr().out
@@ -90,13 +82,13 @@ def test_measured_speeds_of_one_gpu(scaling: ModuleType, tmp_path: Path, capsys:
     assert "t2t_vit_14 3000 (auto, bfloat16, batches of 512)" in capsys.readouterr().out
 
 
-def test_the_page_with_a_measured_file(scaling: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_with_a_measured_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     results = tmp_path / "benchmarks" / "results"
     results.mkdir(parents=True)
-    page = tmp_path / "scaling.md"
+    page = tmp_path / "docs" / "scaling.md"
+    page.parent.mkdir()
     page.write_text("before\n<!-- computed -->\nold\n<!-- end -->\nafter\n")
-    monkeypatch.setattr(scaling, "ROOT", tmp_path)
-    monkeypatch.setattr(scaling, "PAGE", page)
+    monkeypatch.setattr(scaling, "checkout", lambda: tmp_path)
     assert scaling.main(["--result", str(training_file(results / "gpu.json")), "--write"]) == 0
     text = page.read_text()
     assert "; [gpu.json](../benchmarks/results/gpu.json)." in text
@@ -105,7 +97,7 @@ def test_the_page_with_a_measured_file(scaling: ModuleType, tmp_path: Path, monk
     assert "Measured" not in page.read_text() and "old" not in page.read_text()
 
 
-def test_bad_arguments(scaling: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for changes, message in (
         ({"device": "cpu"}, "was measured on 'cpu'; pass a GPU's training file"),
         ({"rows": []}, "has no training speed of t2t_vit_14"),
@@ -126,7 +118,7 @@ def test_bad_arguments(scaling: ModuleType, tmp_path: Path, capsys: pytest.Captu
         assert message in capsys.readouterr().err
 
 
-def test_the_page_is_what_the_script_computes(scaling: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_page_is_what_the_script_computes(capsys: pytest.CaptureFixture[str]) -> None:
     page = (ROOT / "docs" / "scaling.md").read_text()
     files = FILE.findall(page)
     assert scaling.main(["--result", str(ROOT / "benchmarks" / "results" / files[0])] if files else []) == 0

@@ -10,23 +10,27 @@ import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
+from t2t_fast.bench import measuring, models, rates, throughput
+from t2t_fast.bench.common import write_json
+from t2t_fast.bench.images import load_images
+from t2t_fast.bench.measuring import errors
+from t2t_fast.bench.tables import quantile
+from t2t_fast.bench.variants import Row
+
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 TINY = ["--device", "cpu", "--img-size", "64", "--batch-size", "2", "--repeats", "2"]
 
 
-@pytest.fixture
-def throughput(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import throughput
-
-    return throughput
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine's rate is measured in test_script alone."""
+    monkeypatch.setattr(rates, "operations_per_second", lambda dtype, device: 1e11)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -83,16 +87,13 @@ def test_script(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mode", ["inference", "training"])
 @pytest.mark.parametrize("value", [2.0, float("nan")])
 def test_wrong_results_have_no_speed(
-    throughput: ModuleType,
     value: float,
     mode: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    import _measure
-
-    build = _measure.build
+    build = measuring.build
 
     def build_wrong(row: Any, *args: Any) -> None:
         build(row, *args)
@@ -100,7 +101,7 @@ def test_wrong_results_have_no_speed(
             with torch.no_grad():
                 row.module.get_parameter("blocks.3.norm1.bias")[5] = value
 
-    monkeypatch.setattr(_measure, "build", build_wrong)
+    monkeypatch.setattr(measuring, "build", build_wrong)
     path = tmp_path / "wrong.json"
     arguments = ["--models", "t2t_vit_7", "--variants", "reference", "auto", "--mode", mode, "--synthetic"]
     assert throughput.main([*TINY, *arguments, "--output", str(path)]) == 1
@@ -118,12 +119,10 @@ def test_wrong_results_have_no_speed(
     assert row[4:7] == ["wrong", "-", "-"]
 
 
-def test_every_parameter_counts(throughput: ModuleType) -> None:
+def test_every_parameter_counts() -> None:
     """The random weights let no parameter hide from the gate."""
-    import _models
-
-    model = _models.create("t2t_vit_7", 64)
-    model.load_state_dict(_models.random_weights("t2t_vit_7", 64, 0))
+    model = models.create("t2t_vit_7", 64)
+    model.load_state_dict(models.random_weights("t2t_vit_7", 64, 0))
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         expected = model(images)
@@ -136,8 +135,6 @@ def test_every_parameter_counts(throughput: ModuleType) -> None:
 
 
 def make_row(**kwargs: Any) -> Any:
-    from _variants import Row
-
     given = {"model": "m", "variant": None, "mode": "inference", "precision": "float32", "params": 0, "macs": 0}
     return Row(**{**given, "batch_size": 1, "img_size": 1, "step": lambda images: images, **kwargs})
 
@@ -146,15 +143,13 @@ def seconds_of_zeros(measure: Any) -> Callable[[Any], float]:
     return lambda row: measure.time_step(row, torch.zeros(1))
 
 
-def test_time_budget(throughput: ModuleType) -> None:
-    import _measure
-
-    seconds_of = seconds_of_zeros(_measure)
-    for budget, rounds in ((1e-9, _measure.MIN_REPEATS), (60.0, _measure.MAX_REPEATS)):
+def test_time_budget() -> None:
+    seconds_of = seconds_of_zeros(measuring)
+    for budget, rounds in ((1e-9, measuring.MIN_REPEATS), (60.0, measuring.MAX_REPEATS)):
         timed = [make_row() for _ in range(3)]
         reports: list[tuple[int, int]] = []
         kept: list[int] = []
-        _measure.time_rows(
+        measuring.time_rows(
             timed,
             seconds_of,
             None,
@@ -165,12 +160,10 @@ def test_time_budget(throughput: ModuleType) -> None:
         assert [len(row.seconds) for row in timed] == [rounds] * 3
         assert [row.status for row in timed] == ["ok"] * 3
         assert reports[-1] == (3 * rounds, 3 * rounds)
-        assert kept == list(range(_measure.MIN_REPEATS, rounds + 1))
+        assert kept == list(range(measuring.MIN_REPEATS, rounds + 1))
 
 
-def test_out_of_memory_is_a_row_that_says_so(throughput: ModuleType) -> None:
-    import _measure
-
+def test_out_of_memory_is_a_row_that_says_so() -> None:
     calls = 0
 
     def fail(images: torch.Tensor) -> None:
@@ -180,7 +173,7 @@ def test_out_of_memory_is_a_row_that_says_so(throughput: ModuleType) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     good, bad = make_row(), make_row(step=fail)
-    _measure.time_rows([good, bad], seconds_of_zeros(_measure), 6, 1.0, lambda *report: None)
+    measuring.time_rows([good, bad], seconds_of_zeros(measuring), 6, 1.0, lambda *report: None)
     assert (good.status, len(good.seconds)) == ("ok", 6)
     assert (bad.status, len(bad.seconds)) == ("out of memory", 2)
 
@@ -188,16 +181,14 @@ def test_out_of_memory_is_a_row_that_says_so(throughput: ModuleType) -> None:
         raise RuntimeError("something else")
 
     broken_row, good = make_row(step=broken), make_row()
-    _measure.time_rows([broken_row, good], seconds_of_zeros(_measure), 1, 1.0, lambda *report: None)
+    measuring.time_rows([broken_row, good], seconds_of_zeros(measuring), 1, 1.0, lambda *report: None)
     assert broken_row.status == "failed: RuntimeError: something else"
     assert good.status == "ok"
-    assert [_measure.figures(row)["passed"] for row in (broken_row, good)] == [False, True]
+    assert [measuring.figures(row)["passed"] for row in (broken_row, good)] == [False, True]
 
 
-def test_searches_for_a_batch(throughput: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    import _measure
-
-    oracle = _measure.Oracle(torch.zeros(2, 3, 4, 4), torch.device("cpu"), 0)
+def test_searches_for_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    oracle = measuring.Oracle(torch.zeros(2, 3, 4, 4), torch.device("cpu"), 0)
     seconds = {1: 1.0, 2: 1.2, 4: 1.5, 8: 4.0, 16: 9.0}
 
     def build(row: Any, *args: Any) -> None:
@@ -207,26 +198,24 @@ def test_searches_for_a_batch(throughput: ModuleType, monkeypatch: pytest.Monkey
 
         row.step = step
 
-    monkeypatch.setattr(_measure, "build", build)
-    assert 26 <= _measure.largest_batch(make_row(), oracle) <= 27
-    monkeypatch.setattr(_measure, "time_step", lambda row, images: seconds[len(images)])
-    assert _measure.best_batch(make_row(), oracle, 1024) == 4
+    monkeypatch.setattr(measuring, "build", build)
+    assert 26 <= measuring.largest_batch(make_row(), oracle) <= 27
+    monkeypatch.setattr(measuring, "time_step", lambda row, images: seconds[len(images)])
+    assert measuring.best_batch(make_row(), oracle, 1024) == 4
 
 
 def test_interrupted_and_resumed(
-    throughput: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What was measured is kept; the rest is measured later, with the arguments of the first run."""
-    import _measure
-
-    time_rows, path = _measure.time_rows, tmp_path / "run.json"
+    time_rows, path = measuring.time_rows, tmp_path / "run.json"
 
     def interrupt(rows: Any, *args: Any) -> None:
         if rows[0].img_size == 48:
             raise KeyboardInterrupt
         time_rows(rows, *args)
 
-    monkeypatch.setattr(_measure, "time_rows", interrupt)
+    monkeypatch.setattr(measuring, "time_rows", interrupt)
     arguments = ["--models", "t2t_vit_7", "--variants", "auto", "--img-size", "32", "48", "--batch-size", "2"]
     arguments += ["--synthetic", "--repeats", "2", "--device", "cpu", "--output", str(path)]
     assert throughput.main(arguments) == 130
@@ -234,7 +223,7 @@ def test_interrupted_and_resumed(
     first = read(path)
     assert [(row["img_size"], row["status"]) for row in first["rows"]] == [(32, "ok"), (48, "pending")]
     assert first["complete"] is False
-    monkeypatch.setattr(_measure, "time_rows", time_rows)
+    monkeypatch.setattr(measuring, "time_rows", time_rows)
     assert throughput.main(["--resume", str(path)]) == 0
     second = read(path)
     assert [row["img_size"] for row in second["rows"]] == [32, 48]
@@ -246,7 +235,7 @@ def test_interrupted_and_resumed(
     assert "--resume: the file's hardware is 'another', here it is" in capsys.readouterr().err
 
 
-def test_variants_modes_and_precisions(throughput: ModuleType, tmp_path: Path) -> None:
+def test_variants_modes_and_precisions(tmp_path: Path) -> None:
     path = tmp_path / "many.json"
     arguments = ["--models", "t2t_vit_7", "--variants", *throughput.VARIANTS, "--mode", "inference", "training"]
     arguments += ["--img-size", "32", "--batch-size", "2", "--repeats", "1", "--precision", "autocast-bfloat16"]
@@ -261,7 +250,7 @@ def test_variants_modes_and_precisions(throughput: ModuleType, tmp_path: Path) -
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_an_exported_program_passes_the_gate(throughput: ModuleType, tmp_path: Path) -> None:
+def test_an_exported_program_passes_the_gate(tmp_path: Path) -> None:
     path = tmp_path / "exported.json"
     arguments = ["--models", "t2t_vit_7", "--variants", "frozen", "onnx", "--synthetic", "--no-plot"]
     assert throughput.main([*TINY, *arguments, "--output", str(path)]) == 0
@@ -270,7 +259,7 @@ def test_an_exported_program_passes_the_gate(throughput: ModuleType, tmp_path: P
     assert 0 < onnx["error"] < onnx["tolerance"]
 
 
-def test_latency(throughput: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_latency(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "latency.json"
     arguments = ["--models", "t2t_vit_7", "--variants", "auto", "--img-size", "32", "--latency", "--no-plot"]
     assert throughput.main([*arguments, "--device", "cpu", "--synthetic", "--output", str(path)]) == 0
@@ -278,19 +267,15 @@ def test_latency(throughput: ModuleType, tmp_path: Path, capsys: pytest.CaptureF
     assert (row["batch_size"], len(row["seconds"])) == (1, throughput.LATENCY_REPEATS)
     output = capsys.readouterr().out
     assert "p90, p99" in output
-    from _show import percentile
-
     ordered = sorted(row["seconds"])
-    assert percentile(row, 90) == 1000 * ordered[89]
-    assert f"{percentile(row, 90):.1f}, {percentile(row, 99):.1f}" in output
+    assert 1000 * quantile(row["seconds"], 90) == 1000 * ordered[89]
+    assert f"{1000 * ordered[89]:.1f}, {1000 * ordered[98]:.1f}" in output
 
 
-def test_a_stream_is_timed_with_its_loader(throughput: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stream_is_timed_with_its_loader(monkeypatch: pytest.MonkeyPatch) -> None:
     """What lay ready before the clock started is not counted: fetching takes 2 s, a step 1 s."""
-    import _measure
-
     now, ready = 0.0, 3
-    monkeypatch.setattr(_measure, "_finished", lambda: now)
+    monkeypatch.setattr(measuring, "_finished", lambda: now)
 
     def fetch(row: Any) -> torch.Tensor:
         nonlocal now, ready
@@ -301,12 +286,12 @@ def test_a_stream_is_timed_with_its_loader(throughput: ModuleType, monkeypatch: 
         nonlocal now
         now += 1
 
-    assert _measure.time_stream(make_row(step=step), fetch, 3) == 3
+    assert measuring.time_stream(make_row(step=step), fetch, 3) == 3
     assert now == 3 + 3 * 3
 
 
 @pytest.mark.parametrize("shards", [False, True], ids=["files", "shards"])
-def test_with_the_loader(throughput: ModuleType, tmp_path: Path, shards: bool) -> None:
+def test_with_the_loader(tmp_path: Path, shards: bool) -> None:
     folder = tmp_path / "images" / "class"
     folder.mkdir(parents=True)
     for i in range(3):
@@ -324,25 +309,8 @@ def test_with_the_loader(throughput: ModuleType, tmp_path: Path, shards: bool) -
     assert "3 images" in read(path)["images"]
 
 
-def test_without_rich(tmp_path: Path) -> None:
-    """As on a machine with a GPU and without a network."""
-    arguments = [*TINY, "--models", "t2t_vit_7", "--variants", "auto", "--synthetic", "--no-plot", "--output"]
-    code = f"""
-import sys
-sys.modules["rich"] = None
-sys.path.insert(0, {str(BENCHMARKS)!r})
-import throughput
-sys.exit(throughput.main({[*arguments, str(tmp_path / "run.json")]!r}))
-"""
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert run.returncode == 0, run.stderr
-    assert any(line.split()[:2] == ["t2t_vit_7", "auto"] for line in run.stdout.splitlines()), run.stdout
-
-
-def test_a_gradient_that_is_missing_is_noticed(throughput: ModuleType) -> None:
+def test_a_gradient_that_is_missing_is_noticed() -> None:
     """Each tensor's by itself, in whatever is large enough to matter."""
-    from _measure import errors
-
     want = [torch.ones(1000), torch.full((10,), 0.1), torch.full((10,), 1e-4)]
     assert errors(want, want) == (0.0, 0.0)
     whole, worst = errors([want[0], torch.zeros(10), want[2]], want)
@@ -353,17 +321,15 @@ def test_a_gradient_that_is_missing_is_noticed(throughput: ModuleType) -> None:
         assert not errors(wrong, want)[0] <= 1.0
 
 
-def test_others_models_are_checked_too(throughput: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import _measure
-
-    build = _measure.build
+def test_others_models_are_checked_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build = measuring.build
 
     def build_wrong(row: Any, *args: Any) -> None:
         build(row, *args)
         with torch.no_grad():
             row.module.fc.bias[3] = float("nan")
 
-    monkeypatch.setattr(_measure, "build", build_wrong)
+    monkeypatch.setattr(measuring, "build", build_wrong)
     for mode in ("inference", "training"):
         path = tmp_path / f"{mode}.json"
         arguments = ["--models", "resnet18", "--mode", mode, "--synthetic", "--no-plot", "--output", str(path)]
@@ -371,26 +337,20 @@ def test_others_models_are_checked_too(throughput: ModuleType, tmp_path: Path, m
         assert [row["status"] for row in read(path)["rows"]] == ["wrong"]
 
 
-def test_the_largest_batches_are_timed_one_by_one(throughput: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    import _measure
-
+def test_the_largest_batches_are_timed_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     groups: list[list[str]] = []
-    monkeypatch.setattr(_measure, "largest_batch", lambda row, oracle: 2)
-    monkeypatch.setattr(_measure, "prepare", lambda rows, *args: groups.append([row.label for row in rows]) or [])
-    monkeypatch.setattr(_measure, "select_device", lambda name: torch.device("cuda"))
-    monkeypatch.setattr(_measure, "device_name", lambda *args: "a GPU")
-    import _rates
-
-    monkeypatch.setattr(_rates, "operations_per_second", lambda *args: 1.0)
+    monkeypatch.setattr(measuring, "largest_batch", lambda row, oracle: 2)
+    monkeypatch.setattr(measuring, "prepare", lambda rows, *args: groups.append([row.label for row in rows]) or [])
+    monkeypatch.setattr(measuring, "select_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(measuring, "device_name", lambda *args: "a GPU")
+    monkeypatch.setattr(rates, "operations_per_second", lambda *args: 1.0)
     options = throughput.parse_arguments(["--models", "t2t_vit_7", "--batch-size", "max", "--synthetic",
                                           "--precision", "bfloat16", "--img-size", "32"])  # fmt: skip
     throughput.measure(options, [], lambda *args: None)
     assert groups == [["t2t_vit_7 reference"], ["t2t_vit_7 auto"], ["t2t_vit_7 frozen"]]
 
 
-def test_folder_of_images(throughput: ModuleType, tmp_path: Path) -> None:
-    from _images import load_images
-
+def test_folder_of_images(tmp_path: Path) -> None:
     nested = tmp_path / "class"
     nested.mkdir()
     Image.new("RGB", (80, 50), "red").save(nested / "a.JPG", format="jpeg")
@@ -437,7 +397,6 @@ def test_folder_of_images(throughput: ModuleType, tmp_path: Path) -> None:
     ],
 )
 def test_bad_arguments(
-    throughput: ModuleType,
     arguments: list[str],
     message: str,
     tmp_path: Path,
@@ -465,9 +424,7 @@ def test_bad_arguments(
     assert list((tmp_path / "empty").iterdir()) == []
 
 
-def test_result_files_are_whole_or_absent(throughput: ModuleType, tmp_path: Path) -> None:
-    from _common import write_json
-
+def test_result_files_are_whole_or_absent(tmp_path: Path) -> None:
     path = tmp_path / "result.json"
     write_json(path, {"a": 1})
     with pytest.raises(ValueError, match="JSON compliant"):

@@ -13,33 +13,27 @@ from typing import Any
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+from t2t_fast.bench import tune
+from t2t_fast.kernels import configs
+
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="--tiny needs the interpreter")
 
 
 @pytest.fixture
-def tune(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import tune
-
-    return tune
-
-
-@pytest.fixture
-def quick(tune: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def quick(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """Every candidate is right, and none is faster."""
     monkeypatch.setattr(tune, "apart", lambda function, *arguments, **options: None)
     monkeypatch.setattr(tune, "time_candidate", lambda *arguments: [1.0])
     return tune
 
 
-def rows_of(tune: ModuleType, folder: Path, *arguments: str) -> list[dict[str, Any]]:
+def rows_of(folder: Path, *arguments: str) -> list[dict[str, Any]]:
     path = folder / "tuning.json"
     assert tune.main(["--tiny", "--output", str(path), *arguments]) == 0
     return json.loads(path.read_text())["rows"]
 
 
-def test_a_process_that_crashes_or_hangs_is_a_reason(tune: ModuleType) -> None:
+def test_a_process_that_crashes_or_hangs_is_a_reason() -> None:
     assert tune.apart(max, 3, 4) == 4
     assert tune.apart(int, "x").startswith("ValueError: invalid literal")
     assert tune.apart(os._exit, 3) == "the process died, exit code 3"
@@ -50,9 +44,9 @@ def test_a_process_that_crashes_or_hangs_is_a_reason(tune: ModuleType) -> None:
 
 
 @pytest.mark.slow
-def test_tiny(tune: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tiny(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Checked in processes, timed here; a wrong configuration does not pass."""
-    (row,) = rows_of(tune, tmp_path)
+    (row,) = rows_of(tmp_path)
     assert row["status"] == "ok"
     assert row["tried"] == 2
     assert row["failed"] == {}
@@ -64,8 +58,6 @@ def test_tiny(tune: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def _shipped() -> Any:
-    from t2t_fast.kernels import configs
-
     return configs.pick(configs.ADD_LAYER_NORM, torch.device("cpu"), torch.float32)
 
 
@@ -81,7 +73,7 @@ def test_a_candidate_that_cannot_be_timed_is_out(
         return [1.0]
 
     monkeypatch.setattr(quick, "time_candidate", second_does_not_fit)
-    (row,) = rows_of(quick, tmp_path)
+    (row,) = rows_of(tmp_path)
     assert list(row["failed"].values()) == ["OutOfMemoryError: no memory left"]
     assert (row["status"], row["best"]) == ("ok", 1.0)
     assert [candidate["seconds"] for candidate in row["candidates"]] == [[1.0], None]
@@ -104,7 +96,7 @@ def test_the_shipped_configuration_cannot_be_timed(
     monkeypatch.setattr(quick, "time_candidate", sticky)
     monkeypatch.setattr(quick, "_usable", lambda device_name: alive[0])
     monkeypatch.setattr(quick, "apart", apart)
-    (row,) = rows_of(quick, tmp_path)
+    (row,) = rows_of(tmp_path)
     assert row["status"] == "shipped configuration: RuntimeError: an illegal memory access"
     assert row["best"] is None
     assert row["candidates"][1]["seconds"] == [2.0]
@@ -123,7 +115,7 @@ def test_the_fastest_must_win_twice(
         return [1.0 if seen[-1] == shipped else 0.5 if len(seen) == 2 else again]
 
     monkeypatch.setattr(quick, "time_candidate", timed)
-    (row,) = rows_of(quick, tmp_path)
+    (row,) = rows_of(tmp_path)
     candidate = seen[1]
     assert candidate != shipped
     assert seen == [shipped, candidate, shipped, candidate, candidate, shipped, shipped, candidate]
@@ -146,7 +138,7 @@ def test_what_fails_when_timed_again_is_out(
         return [1.0 if seen[-1] == shipped else 0.5]
 
     monkeypatch.setattr(quick, "time_candidate", timed)
-    (row,) = rows_of(quick, tmp_path)
+    (row,) = rows_of(tmp_path)
     snippets = json.loads((tmp_path / "tuning.json").read_text())["snippets"]
     assert list(row["failed"].values()) == ["RuntimeError: a launch that failed"]
     if fails == "shipped":
@@ -160,12 +152,10 @@ def test_what_fails_when_timed_again_is_out(
 def test_what_was_tuned_on_this_chip_is_left_out(
     quick: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from t2t_fast.kernels import configs
-
     for chip, found in (("another chip", 1), ("the interpreter", 0)):
         config = dataclasses.replace(_shipped(), tuned=chip)
         table = configs.Table({0: {"float32": config, "tf32": config}})
         monkeypatch.setattr(configs, "ADD_LAYER_NORM", table)
-        assert len(rows_of(quick, tmp_path)) == found
+        assert len(rows_of(tmp_path)) == found
     assert "ADD_LAYER_NORM, tf32: tuned on this chip already" in capsys.readouterr().out
-    assert len(rows_of(quick, tmp_path, "--again")) == 1
+    assert len(rows_of(tmp_path, "--again")) == 1

@@ -9,11 +9,11 @@ from ..startup import importing
 
 with importing():
     from .. import BackendUnavailable, CheckpointError, __version__
-    from . import convert, env, export, list, macs, predict
+    from . import bench, convert, env, export, list, macs, predict
     from .common import PROG, Parser, UsageError, is_out_of_memory
     from .streams import STANDARD_OUTPUT, flush_output, log_records_shown, printable, say, usable_streams
 
-COMMANDS = (predict, macs, list, convert, export, env)
+COMMANDS = (predict, macs, list, convert, export, bench, env)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

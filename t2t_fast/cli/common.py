@@ -13,15 +13,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from ..checks import UsageError
 from ..files import check_target, open_descriptor, write_text
 from .streams import PROG, one_line, write_output
 
 MAX_PIXELS = 8192  # a side; the tokens of such a square and their position table take gigabytes
 MAX_COUNT = 2**31 - 1
-
-
-class UsageError(Exception):
-    """What the user asked for cannot be done; the message is one line that says why and what can."""
 
 
 class Parser(argparse.ArgumentParser):

@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 import difflib
 import logging
+import shlex
+from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -12,7 +15,10 @@ import torch
 from rich.progress import Progress
 from rich.table import Table
 
-from ..macs import count_macs, published
+from ..bench import common as bench
+from ..bench.models import PAPER_VIT_SMALL, SETS, create
+from ..env import collect_env
+from ..macs import count_macs, own_image_size, published
 from ..models import list_models
 from .common import UsageError, add_command, error_console, image_size, pixels, write_json, write_table
 from .streams import say
@@ -31,13 +37,21 @@ def add_parser(subparsers: Any) -> None:
         t2t-fast macs t2t_vit_14 resnet50 'deit_small*'
         t2t-fast macs t2t_vit_14 --img-size 384
         t2t-fast macs --json > macs.json
+        t2t-fast macs zoo paper --output benchmarks/results
         """,
     )
     parser.add_argument(
-        "models", metavar="MODEL", nargs="*", help="names or patterns, timm's too (default: all of ours)"
+        "models",
+        metavar="MODEL",
+        nargs="*",
+        help="names or patterns, timm's too; zoo: all of ours; "
+        "paper: those of the paper's tables (default: all of ours)",
     )
     parser.add_argument("--img-size", nargs="+", type=pixels, metavar=("H", "W"), help="pixels (default: the model's)")
     parser.add_argument("--json", action="store_true", help="write JSON")
+    parser.add_argument(
+        "--output", type=Path, metavar="JSON", help="also a result file of the benchmarks, or its folder"
+    )
     parser.set_defaults(run=run)
 
 
@@ -56,6 +70,8 @@ def run(args: argparse.Namespace) -> int:
                 # A size that the model cannot take, or a model of something else than images: timm's raise anything.
                 reason = next(iter(str(error).splitlines()), "")
                 say(f"{name}: cannot be counted: {type(error).__name__}: {reason}")
+    if rows and args.output is not None:
+        say(f"results: {_save(rows, args)}")
     if args.json:
         write_json(rows)
     elif rows:
@@ -66,7 +82,8 @@ def run(args: argparse.Namespace) -> int:
 def _resolve_names(patterns: list[str]) -> list[str]:
     names: dict[str, None] = {}
     for pattern in patterns:
-        found = [pattern] if timm.is_model(pattern) else timm.list_models(pattern) if pattern else []
+        is_name = timm.is_model(pattern) or pattern == PAPER_VIT_SMALL
+        found = [pattern] if is_name else SETS.get(pattern) or (timm.list_models(pattern) if pattern else [])
         if not found:
             close = difflib.get_close_matches(pattern, timm.list_models(), n=3)
             raise UsageError(f"no model matches {pattern!r}" + (f"; close: {', '.join(close)}" if close else ""))
@@ -77,9 +94,10 @@ def _resolve_names(patterns: list[str]) -> list[str]:
 def measure(name: str, size: tuple[int, int] | None) -> dict[str, Any]:
     """Parameters, multiply-accumulates and activations of a model at ``size`` or its own, beside the paper's."""
     with torch.device("meta"):
-        model: Any = timm.create_model(name)
-    size = size or getattr(model, "img_size", None) or tuple(model.pretrained_cfg["input_size"][1:])
+        model = create(name)
+    size = size or own_image_size(model)
     macs = count_macs(model, size)
+    assert size is not None  # else it could not be counted
     params_m, macs_g = published(name, size)
     return {
         "name": name,
@@ -91,11 +109,23 @@ def measure(name: str, size: tuple[int, int] | None) -> dict[str, Any]:
         "published_macs_g": macs_g,
         "params_deviation_percent": _deviation(macs.params / 1e6, params_m),
         "macs_deviation_percent": _deviation(macs.macs / 1e9, macs_g),
+        "rounds_to_published": None if macs_g is None else round(macs.macs / 1e9, 1) == macs_g,
     }
 
 
 def _deviation(measured: float, published: float | None) -> float | None:
     return None if published is None else round(100 * (measured / published - 1), 2)
+
+
+def _save(rows: list[dict[str, Any]], args: argparse.Namespace) -> Path:
+    """Write a result file, named by the image sizes, and return its path."""
+    env, date = collect_env(), datetime.now().astimezone()
+    sizes = dict.fromkeys("x".join(map(str, dict.fromkeys(row["image_size"]))) for row in rows)
+    path = bench.result_path(args.output, f"macs-{'-'.join(sizes)}px", env, date)
+    size = ["--img-size", *map(str, args.img_size)] if args.img_size else []
+    command = shlex.join(["python", "-m", "t2t_fast", "macs", *args.models, *size])
+    bench.write_json(path, bench.new_result("macs", date, command, env) | {"rows": rows})
+    return path
 
 
 def table_of(rows: list[dict[str, Any]]) -> Table:

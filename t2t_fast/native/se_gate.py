@@ -34,7 +34,7 @@ def can_run(
 def is_slower(
     x: Tensor, w_reduce: Tensor, w_expand: Tensor, residual: Tensor | None, branch_scale: Tensor | None
 ) -> str | None:
-    """None, or why ``auto`` passes it over (measured by benchmarks/se_mlp.py)."""
+    """None, or why ``auto`` passes it over (measured: benchmarks/results/se-*.json)."""
     if in_dispatch_mode():
         return "a TorchDispatchMode knows library operations"
     if x.device.type != "cpu" or x.dtype in (torch.float16, torch.bfloat16):

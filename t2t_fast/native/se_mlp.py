@@ -54,7 +54,7 @@ def can_run(
 
 
 def is_slower(x: Tensor, *rest: Tensor | None) -> str | None:
-    """None, or why ``auto`` passes it over (measured by benchmarks/se_mlp.py)."""
+    """None, or why ``auto`` passes it over (measured: benchmarks/results/se-*.json)."""
     if in_dispatch_mode():
         return "a TorchDispatchMode knows library operations"
     if x.device.type == "cpu" and x.shape[0] < library.num_threads():

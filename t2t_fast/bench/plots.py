@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from _common import write_bytes
+from t2t_fast.bench.common import write_bytes
 
 Row = dict[str, Any]
 

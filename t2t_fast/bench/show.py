@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
-from _terminal import SIMPLE_HEAD, Console, Table
+from t2t_fast.bench.tables import quantile
+from t2t_fast.bench.terminal import SIMPLE_HEAD, Console, Table
 
 WIDTH = 120  # of the table
 _SAME = ("mode", "precision", "batch_size", "img_size")
@@ -86,7 +86,7 @@ def _cells(row: dict[str, Any], latency: bool) -> list[str]:
         digits = 0 if row["images_per_second"] >= 1000 else 1 if row["images_per_second"] >= 10 else 2
         spread = "" if row["spread"] is None else f" ± {row['spread']:.{digits}f}"
         cells += [f"{row['images_per_second']:.{digits}f}{spread}", f"{row['ms_per_batch']:.1f}"]
-        cells += [f"{percentile(row, 90):.1f}, {percentile(row, 99):.1f}"] * latency
+        cells += [", ".join(f"{1000 * quantile(row['seconds'], q):.1f}" for q in (90, 99))] * latency
         cells.append("-" if row["speed"] is None else f"{row['speed']:.2f}x")
         cells.append("-" if row["of_product"] is None else f"{row['of_product']:.0%}")
     else:
@@ -95,12 +95,6 @@ def _cells(row: dict[str, Any], latency: bool) -> list[str]:
     if row["error"] is None and row["status"] != "wrong":
         return [*cells, "-", "-"]
     return [*cells, _error(row), "-" if row["top1"] is None else f"{row['top1']:.0%}"]
-
-
-def percentile(row: dict[str, Any], percent: int) -> float:
-    """Milliseconds per batch that ``percent`` of the batches did not exceed."""
-    ordered = sorted(row["seconds"])
-    return 1000 * ordered[min(len(ordered), math.ceil(len(ordered) * percent / 100)) - 1]
 
 
 def _error(row: dict[str, Any]) -> str:

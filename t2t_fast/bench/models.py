@@ -8,15 +8,23 @@ from typing import Any
 
 import timm
 import torch
-from _common import UsageError
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import t2t_fast
+from t2t_fast.bench.common import UsageError
 from t2t_fast.macs import Macs, count_macs
 
 # The ViT-S/16 that the paper compares with: timm's at that time, 768 channels in 8 layers; today's has DeiT-S's size.
 PAPER_VIT_SMALL = "vit_small_patch16_224_of_the_paper"
+_PAPER_VIT_SMALL: dict[str, Any] = {
+    "patch_size": 16,
+    "embed_dim": 768,
+    "depth": 8,
+    "num_heads": 8,
+    "mlp_ratio": 3.0,
+    "qkv_bias": False,
+}
 SETS = {
     "zoo": tuple(t2t_fast.list_models()),
     "paper": (
@@ -62,27 +70,23 @@ def is_ours(name: str) -> bool:
     return name in t2t_fast.list_models()
 
 
-def create(name: str, img_size: int, **kwargs: Any) -> nn.Module:
-    """The model in evaluation mode.
+def create(name: str, img_size: int | None = None, **kwargs: Any) -> nn.Module:
+    """The model in evaluation mode; without ``img_size`` it has its own.
 
     Raises:
         UsageError: It does not take images of that size.
     """
+    size: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
     try:
         if name == PAPER_VIT_SMALL:
-            options: dict[str, Any] = {
-                "embed_dim": 768,
-                "depth": 8,
-                "num_heads": 8,
-                "mlp_ratio": 3.0,
-                "qkv_bias": False,
-            }
-            return VisionTransformer(img_size=img_size, patch_size=16, **options).eval()
+            return VisionTransformer(**size, **_PAPER_VIT_SMALL).eval()
         try:
-            return timm.create_model(name, img_size=img_size, **kwargs).eval()
+            return timm.create_model(name, **size, **kwargs).eval()
         except TypeError:  # most convolutional networks take any size, and no such argument
             return timm.create_model(name, **kwargs).eval()
     except (AssertionError, ValueError) as error:  # how timm and this package refuse a size
+        if img_size is None:
+            raise
         raise UsageError(f"--img-size: got {img_size}, which {name} does not take: {error}") from error
 
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share and what needs no torch: argument errors, argument types and result files."""
+"""What the benchmarks share: argument types, where results go, and how their files are written and read."""
 
 from __future__ import annotations
 
@@ -13,18 +13,39 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
-RESULTS = Path(__file__).resolve().parent / "results" / "local"  # what git ignores; chosen results lie above
+from t2t_fast import files
+from t2t_fast.checks import UsageError
+
+OUTPUT_HELP = "file, or a folder for it; default: benchmarks/results/local of a checkout, else this folder"
+# How the kernel benchmark computes an op; auto is for a whole module.
+OP_VARIANTS = ("reference", "reference, compiled", "aten", "triton", "native", "auto")
+_ROOT = Path(__file__).resolve().parents[2]
 
 
-class UsageError(Exception):
-    """The command line asks for something that cannot be done here; the message says what to do instead."""
+def checkout() -> Path:
+    """The folder of the project's checkout that this package is run from.
+
+    Raises:
+        UsageError: The package is installed apart from its checkout.
+    """
+    if not (_ROOT / "benchmarks" / "results").is_dir():
+        raise UsageError(f"this needs a checkout of the project, and t2t_fast lies in {_ROOT}; run it in the checkout")
+    return _ROOT
+
+
+def default_folder() -> Path:
+    """Where results go unless told: what git ignores in a checkout, else the working directory."""
+    try:
+        return checkout() / "benchmarks" / "results" / "local"  # chosen results lie above
+    except UsageError:
+        return Path.cwd()
 
 
 class OneLineParser(argparse.ArgumentParser):
     """A parser whose errors are one line, without the usage in front."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message.removeprefix('argument ')}\n")
+        self.exit(2, f"{self.prog}: error: {' '.join(message.removeprefix('argument ').split())}\n")
 
 
 def positive_int(text: str) -> int:
@@ -64,7 +85,7 @@ def _number(text: str, end: float, accepted: str) -> float:
 
 
 def result_path(output: Path | None, device: str, env: Mapping[str, Any], date: datetime) -> Path:
-    """Where the results go: ``output``, or a file named by device, versions and date in that folder or in ``RESULTS``.
+    """Where the results go: ``output``, or a file named by device, versions and date in that folder or the default one.
 
     The folder is made and tried now, not after minutes of measuring.
 
@@ -76,7 +97,7 @@ def result_path(output: Path | None, device: str, env: Mapping[str, Any], date: 
     if output is not None and output.exists() and not (output.is_file() or output.is_dir()):
         return output  # a device or FIFO is written to directly
     is_folder = output is not None and (output.is_dir() or not output.suffix)  # a name without an ending is a folder
-    path = RESULTS / name if output is None else output / name if is_folder else output
+    path = default_folder() / name if output is None else output / name if is_folder else output
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()
@@ -85,6 +106,12 @@ def result_path(output: Path | None, device: str, env: Mapping[str, Any], date: 
             f"--output: {path.parent} cannot be written to ({error.strerror}); pass a file in a folder that can"
         ) from error
     return path
+
+
+def new_result(benchmark: str, date: datetime, command: str, env: Mapping[str, Any], **content: Any) -> dict[str, Any]:
+    """The content of a result file, without rows so far; ``content`` is what this benchmark has besides."""
+    start = {"benchmark": benchmark, "date": date.isoformat(timespec="seconds"), "command": command}
+    return {**start, **content, "environment": env, "rows": []}
 
 
 def command_line(script: str, argv: Sequence[str], left_out: Sequence[str] = ("--output",)) -> str:
@@ -119,8 +146,6 @@ def write_bytes(path: Path, data: bytes) -> None:
     Raises:
         UsageError: The disk refuses.
     """
-    from t2t_fast import files  # which imports torch
-
     try:
         files.write_bytes(path, data)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The ops as T2T-ViT-14 uses them: tensors, calls, and the least that each has to do."""
+"""The ops as T2T-ViT-14 uses them, and its tokens-to-token module: tensors, calls, and the least work of each."""
 
 from __future__ import annotations
 
@@ -10,16 +10,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 
 from t2t_fast import ops
+from t2t_fast.bench.common import OP_VARIANTS
 from t2t_fast.kernels import costs
 from t2t_fast.kernels.costs import Cost
 from t2t_fast.kernels.windows import make_view, make_window
+from t2t_fast.layers.tokens_to_token import TokensToToken
+from t2t_fast.macs import count_macs
 
 Tensors = list[Tensor | None]
 # Relative norm of the worst among results and gradients: a wide mesh, what is wrong is off by far more.
 TOLERANCES = {torch.float16: 1e-2, torch.bfloat16: 8e-2, torch.float32: 2e-3}
-VARIANTS = ("reference", "reference, compiled", "aten", "triton", "native")
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Case:
     """One use of an op.
 
     Attributes:
-        op: The op's name.
+        op: The op's name, or ``tokens_to_token``.
         use: Which of its uses.
         make: From ``make(*shape, ...)``, which draws one tensor, and a batch to the tensors of a call.
         call: From a backend and those tensors to the result.
@@ -67,8 +70,8 @@ def runners(case: Case) -> dict[str, Callable[[Tensors], Any]]:
     def run(backend: str) -> Callable[[Tensors], Any]:
         return lambda tensors: case.call(backend, tensors)
 
-    found = {variant: run(variant) for variant in VARIANTS if variant in case.backends}
-    torch._dynamo.reset()  # all share one line of code, and so its limit of programs, after which nothing is compiled
+    found = {variant: run(variant) for variant in OP_VARIANTS if variant in case.backends}
+    torch._dynamo.reset()  # one code object, one recompile limit: reset, or later cases run uncompiled
     return {**found, "reference, compiled": torch.compile(run("reference"), dynamic=False, fullgraph=True)}
 
 
@@ -149,6 +152,38 @@ def _work(flops: int, read: int, written: int) -> Callable[[int, int], dict[str,
     return work
 
 
+def _tokens_to_token(model: str, tokens_type: str) -> Case:
+    """The module of that model, without dropout, as a function of its image and parameters."""
+    backends = ("reference", "auto")
+    with torch.device("meta"):
+        modules = {b: TokensToToken(embed_dim=C, tokens_type=tokens_type, backend=b).eval() for b in backends}
+    given = dict(modules["auto"].named_parameters())
+
+    def make(new: Callable[..., Tensor], batch: int) -> Tensors:
+        tensors: Tensors = [new(batch, 3, 224, 224, learned=False)]
+        for name, parameter in given.items():
+            learned, is_vector = parameter.requires_grad, parameter.ndim == 1
+            scale = 0.1 if is_vector else parameter.shape[1] ** -0.5 if learned else 1.0
+            shift = float(is_vector and name.endswith("weight"))  # of a LayerNorm
+            tensors.append(new(*parameter.shape, scale=scale, shift=shift, learned=learned))
+        return tensors
+
+    def call(backend: str, tensors: Tensors) -> Tensor:
+        image, *parameters = tensors
+        result: Tensor = functional_call(modules[backend], dict(zip(given, parameters, strict=True)), (image,))  # type: ignore[arg-type]
+        return result
+
+    def work(batch: int, itemsize: int) -> dict[str, Cost]:
+        flops, image, tokens = 2 * count_macs(modules["reference"], 224).macs, 3 * 224**2, (N - 1) * C
+        training = 3 * flops - 2 * 3136 * 147 * 192  # nobody wants the image's gradient
+        return {
+            "forward": Cost(batch * flops, batch * (image + tokens) * itemsize),
+            "training": Cost(batch * training, batch * 2 * (image + tokens) * itemsize),
+        }
+
+    return Case("tokens_to_token", model, make, call, work, backends)
+
+
 def _simple(
     op: str,
     use: str,
@@ -214,4 +249,8 @@ CASES = (
             _work(0, N * C, N * C), _NATIVE, ops.se_gate),
     _simple("se_mlp", "384, hidden 1152", [(-1, N, C), (H, C), (H,), (C, H), (C,), (C // 16, C), (C, C // 16)],
             _work(4 * N * C * H, N * C, N * C), _NATIVE, ops.se_mlp),
+    _simple("se_mlp", "64, hidden 64", [(-1, N, 64), (64, 64), (64,), (64, 64), (64,), (4, 64), (64, 4)],
+            _work(4 * N * 64 * 64, N * 64, N * 64), _NATIVE, ops.se_mlp),
+    _tokens_to_token("t2t_vit_14", "performer"),
+    _tokens_to_token("t2t_vit_t_14", "transformer"),
 )  # fmt: skip

@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from t2t_fast.bench.common import OP_VARIANTS
+
 Result = dict[str, Any]
 Row = dict[str, Any]
 
@@ -101,7 +103,10 @@ def macs(result: Result) -> str:
         value = row[f"published_{name}"]
         return "" if value is None else f"{value:.1f}"
 
-    body = []
+    def pixels(row: Row) -> str:
+        return "x".join(map(str, dict.fromkeys(row["image_size"])))  # a square's side once
+
+    body, sizes = [], list(dict.fromkeys(map(pixels, result["rows"])))
     for row in result["rows"]:
         deviation = row["macs_deviation_percent"]
         told = (
@@ -110,14 +115,15 @@ def macs(result: Result) -> str:
             else f"{deviation:+.1f}%" + (" (rounds to it)" if row["rounds_to_published"] else "")
         )
         cells = [f"{row['params'] / 1e6:.1f}", paper(row, "params_m"), f"{row['macs'] / 1e9:.2f}", paper(row, "macs_g")]
-        body.append([row["name"], *cells, told, f"{row['activations'] / 1e6:.1f}"])
+        name = row["name"] if len(sizes) == 1 else f"{row['name']}, {pixels(row)} px"
+        body.append([name, *cells, told, f"{row['activations'] / 1e6:.1f}"])
     headings = ["model", "params (M)", "paper", "MACs (G)", "paper", "deviation", "activations (M)"]
-    return f"Work per image of {result['rows'][0]['image_size'][0]} px:\n\n{markdown(headings, body)}"
+    return f"Work per image of {' and '.join(sizes)} px:\n\n{markdown(headings, body)}"
 
 
 def kernels(result: Result) -> str:
-    variants = [v for v in ("reference", "reference, compiled", "aten", "triton", "native")
-                if any(r["variant"] == v and "forward_s" in r for r in result["rows"])]  # fmt: skip
+    timed = {row["variant"] for row in result["rows"] if "forward_s" in row}
+    variants = [variant for variant in OP_VARIANTS if variant in timed]
     body = []
     for name, work in result["work"].items():
         rows = {r["variant"]: r for r in result["rows"] if f"{r['op']}, {r['use']}" == name}

@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from _common import UsageError
-from _loader import Shards, find_shards
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torchvision import transforms
 from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from t2t_fast.bench.common import UsageError
+from t2t_fast.bench.loader import Shards, find_shards
 
 _MAX_PHOTOGRAPHS = 64
 

@@ -64,6 +64,8 @@ else:
         def update(self, *args: Any, **options: Any) -> None:
             pass
 
+        advance = update
+
     def _column(*args: Any) -> None:
         return None
 

@@ -9,15 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import _models
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import t2t_fast
+from t2t_fast.bench import models
+from t2t_fast.config import BACKENDS
 from t2t_fast.models.export import load
 
-BACKENDS = ("auto", "reference", "aten", "triton", "native")
 EXPORTED = ("onnx", "aoti")
 FROZEN = ("frozen", "compiled-frozen", "cuda-graph")
 PRECISIONS = {
@@ -96,13 +96,13 @@ def build(row: Row, weights: dict[str, Tensor] | None, device: torch.device, see
     if row.mode == "training" and row.precision == "float16":
         raise CannotRun("weights in float16 do not train: take autocast-float16")
     torch.manual_seed(seed)
-    if _models.is_ours(row.model):
+    if models.is_ours(row.model):
         backend = "reference" if variant == "compiled-reference" else variant if variant in BACKENDS else "auto"
-        model = _models.create(row.model, row.img_size, backend=backend)
+        model = models.create(row.model, row.img_size, backend=backend)
         if weights is not None:
             model.load_state_dict(weights)
     else:
-        model = _models.create(row.model, row.img_size)
+        model = models.create(row.model, row.img_size)
     model = model.to(device, row.weight_dtype)
     module: Any = model
     if variant in EXPORTED:

@@ -9,13 +9,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import _models
 import torch
-from _common import UsageError
-from _variants import CannotRun, Row, build, precision_of
 from torch import Tensor, nn
 
 import t2t_fast
+from t2t_fast.bench import models
+from t2t_fast.bench.common import UsageError
+from t2t_fast.bench.variants import CannotRun, Row, build, precision_of
 
 # Accepted relative norm of the error of the logits and, in training, of all gradients together, by the dtype of the
 # products: three to five times what rounding alone leaves, in any T2T-ViT.
@@ -80,11 +80,11 @@ class Oracle:
         return max(size for size in range(1, most + 1) if row.batch_size % size == 0)
 
     def weights(self, row: Row) -> dict[str, Tensor] | None:
-        if not _models.is_ours(row.model):
+        if not models.is_ours(row.model):
             return None
         key = (row.model, row.img_size)
         if key not in self._weights:
-            self._weights[key] = _models.random_weights(*key, self.seed)
+            self._weights[key] = models.random_weights(*key, self.seed)
         return self._weights[key]
 
     def answer(self, row: Row) -> list[Tensor]:
@@ -93,7 +93,7 @@ class Oracle:
         key = (row.model, row.img_size, row.mode, row.weight_dtype, count)
         if key not in self._answers:
             device = self.device.type if self.device.type == "cuda" else "cpu"  # others may lack float64
-            model = _models.create(row.model, row.img_size, backend="reference")
+            model = models.create(row.model, row.img_size, backend="reference")
             model.load_state_dict(self.weights(row) or {})
             model = model.to(row.weight_dtype).to(device, torch.float64)
             images = self.images[:count].to(row.weight_dtype).to(device, torch.float64)

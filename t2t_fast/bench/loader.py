@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import UsageError
 from timm.data import create_dataset, create_loader
 from torch import Tensor
 from torch.utils.data import IterableDataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from t2t_fast.bench.common import UsageError
 
 _PREFETCH = 2  # batches that each process makes ahead, torch's default
 

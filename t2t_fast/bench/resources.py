@@ -1,0 +1,164 @@
+"""Compile every Triton kernel this package ships, ahead of time, and tabulate what it takes of the chip.
+
+    python benchmarks/resources.py                    # checks all, rewrites benchmarks/resources.json; no GPU needed
+    python benchmarks/resources.py --arch 90 --kind bfloat16 --dry-run
+
+A kernel that spills registers, or a 16-bit product that misses the tensor cores, makes the exit status 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import itertools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from t2t_fast.bench.common import OneLineParser, UsageError, checkout, write_json
+from t2t_fast.bench.launches import shipped_launches
+from t2t_fast.bench.terminal import Console, Progress, Table
+from t2t_fast.config import triton_is_interpreted
+
+ARCHS = (80, 89, 90, 100, 120)
+# dtype and torch's float32 matmul precision
+KINDS = {
+    "float16": (torch.float16, "high"),
+    "bfloat16": (torch.bfloat16, "high"),
+    "tf32": (torch.float32, "high"),
+    "float32": (torch.float32, "highest"),
+}
+# Tensor-core instructions in PTX: Ampere and Ada, Hopper, Blackwell.
+TENSOR_CORES = re.compile(r"mma\.sync|wgmma\.mma_async|tcgen05\.mma")
+
+
+class Ahead:
+    """A driver without a GPU: it knows for which chip to compile, and nothing can be launched."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return self.arch  # Triton's caches go by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def resources(compiled: Any) -> dict[str, Any]:
+    """Registers per thread, bytes of local memory per thread and of shared memory per block, and tensor cores."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        dump = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", dump)}
+    return {
+        "registers": found["REG"],
+        "spilled_bytes": found["STACK"] + found["LOCAL"],
+        "shared_bytes": compiled.metadata.shared,
+        "tensor_cores": sorted(set(TENSOR_CORES.findall(compiled.asm["ptx"]))),
+    }
+
+
+def source_digest() -> str:
+    """Of the kernels and their configurations: the table belongs to these.
+
+    Raises:
+        UsageError: There is no checkout.
+    """
+    files = sorted((checkout() / "kernels").glob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
+
+
+def compile_all(archs: list[int], kinds: list[str]) -> list[dict[str, Any]]:
+    """One row per kernel, use, chip and kind of arithmetic; equal kernels are compiled once."""
+    rows = []
+    work = [(arch, kind) for arch, kind in itertools.product(archs, kinds)]
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task("compiling", total=len(work))
+        for arch, kind in work:
+            dtype, precision = KINDS[kind]
+            torch.set_float32_matmul_precision(precision)
+            triton.runtime.driver.set_active(Ahead(arch))
+            for kernel, use, launch, multiplies in shipped_launches(dtype):
+                row = {"kernel": kernel, "use": use, "arch": arch, "kind": kind, "multiplies": multiplies}
+                row |= {"blocks": dict(launch.config.blocks), "num_warps": launch.config.num_warps}
+                row |= {"num_stages": launch.config.num_stages, "tuned": launch.config.tuned}
+                rows.append(row | resources(launch.compile()))
+            progress.advance(task)
+    return rows
+
+
+def faults(rows: list[dict[str, Any]]) -> list[str]:
+    """What must not ship."""
+    found = []
+    for row in rows:
+        name = f"{row['kernel']}, {row['use']}, {row['arch']}, {row['kind']}"
+        if row["spilled_bytes"]:
+            found.append(f"{name}: {row['spilled_bytes']} bytes per thread in local memory")
+        if row["multiplies"] and row["kind"] != "float32" and not row["tensor_cores"]:
+            found.append(f"{name}: no tensor-core instruction")
+    return found
+
+
+def table_of(rows: list[dict[str, Any]]) -> Table:
+    """A line per row."""
+    table = Table("kernel", "use", "chip", "kind", "blocks", "warps", "registers", "spilled", "shared", "products")
+    for row in rows:
+        blocks = " ".join(str(size) for size in row["blocks"].values())
+        numbers = (row["num_warps"], row["registers"], row["spilled_bytes"], row["shared_bytes"])
+        names = (row["kernel"], row["use"], row["arch"], row["kind"], blocks, *numbers)
+        table.add_row(*map(str, names), " ".join(row["tensor_cores"]))
+    return table
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compile and return the exit status: 0, 1 if a kernel must not ship, 2 if an argument is impossible."""
+    parser = OneLineParser(
+        prog="resources.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--arch", type=int, nargs="+", choices=ARCHS, default=list(ARCHS), help="default: all")
+    parser.add_argument("--kind", nargs="+", choices=KINDS, default=list(KINDS), help="default: all")
+    parser.add_argument("--dry-run", action="store_true", help="do not write the table; needed for a selection")
+    parser.add_argument("--json", action="store_true", help="print the rows as JSON in place of a table")
+    args = parser.parse_args(argv)
+    if not args.dry_run and (len(args.arch), len(args.kind)) != (len(ARCHS), len(KINDS)):
+        parser.error("a selection of chips or kinds is no whole table: add --dry-run")
+    if triton_is_interpreted():
+        parser.error("TRITON_INTERPRET is set, and Triton's interpreter compiles nothing: unset it")
+    try:
+        table = None if args.dry_run else checkout() / "benchmarks" / "resources.json"
+        rows = compile_all(args.arch, args.kind)
+        if args.json:
+            print(json.dumps(rows))
+        else:
+            console = Console()
+            console.width = 200
+            console.print(table_of(rows))
+        wrong = faults(rows)
+        for fault in wrong:
+            print(fault, file=sys.stderr)
+        if table is not None and not wrong:
+            write_json(table, {"triton": triton.__version__, "kernels": source_digest(), "rows": rows})
+    except UsageError as error:
+        parser.error(str(error))
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
