@@ -173,5 +173,6 @@ def token_performer_launches(
         yield f"token_performer forward{name}", "3136 tokens", launch, True
         if not configs.has_config(configs.TOKEN_PERFORMER_BACKWARD, v.device, dtype):
             continue
-        launch = token_performer.backward_launch(y, q, v, w, whole, layer, dropout, y, y, parts[1:], layer, dtype, *eps)
+        sums = parts[1], parts[2]
+        launch = token_performer.backward_launch(y, q, v, w, whole, layer, dropout, y, y, sums, layer, dtype, *eps)
         yield f"token_performer backward{name}", "3136 tokens", launch, True
