@@ -1,8 +1,9 @@
-"""t2t_fast.bench as a package: its scripts, its place among the others, and what it does without."""
+"""t2t_fast.bench as a package: its scripts and commands, its place among the others, and what it does without."""
 
 from __future__ import annotations
 
 import importlib
+import json
 import re
 import subprocess
 import sys
@@ -11,8 +12,11 @@ from pathlib import Path
 
 import pytest
 
+import t2t_fast
 from t2t_fast.bench import common
+from t2t_fast.bench.tables import KINDS
 from t2t_fast.checks import UsageError
+from t2t_fast.cli import macs, main
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = [path for path in sorted((ROOT / "benchmarks").glob("*.py")) if path.name != "test_ops.py"]
@@ -79,3 +83,30 @@ def test_without_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert common.result_path(None, "cpu", env, date) == tmp_path / "cpu_torch2.15.0_20260102-000000.json"
     with pytest.raises(UsageError, match="this needs a checkout of the project"):
         common.checkout()
+
+
+def test_macs_of_the_paper_as_a_result_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """benchmarks/report.py makes a table of it."""
+    names = ("vit_small_patch16_224_of_the_paper", "t2t_vit_7")
+    assert main(["macs", *names, "--output", str(tmp_path)]) == 0
+    out, err = capsys.readouterr()
+    (path,) = tmp_path.iterdir()
+    assert path.name.startswith("macs-224px_torch")
+    assert str(path) in err and all(name in out for name in names)
+    result = json.loads(path.read_text())
+    assert result["benchmark"] == "macs"
+    assert result["command"] == f"python -m t2t_fast macs {' '.join(names)}"
+    of_ours = sum(p.numel() for p in t2t_fast.create_model("t2t_vit_7").parameters())
+    assert [row["params"] for row in result["rows"]] == [48754408, of_ours]
+    assert "| t2t_vit_7 | 4.3 | 4.3 | 1.15 | 1.1 | +4.3% (rounds to it) |" in KINDS["macs"](result)
+    assert set(names) < {*macs._resolve_names(["zoo", "paper"])}
+
+
+def test_bench_is_the_throughput_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
+    """Options are its own, and so are the answers."""
+    assert main(["bench", "--models", "t2t_vit_77", "--device", "cpu"]) == 2
+    assert capsys.readouterr().err.startswith("t2t-fast bench: error: --models: 't2t_vit_77' is unknown")
+    with pytest.raises(SystemExit) as exit_info:
+        main(["bench", "--batch-size", "0"])
+    assert exit_info.value.code == 2
+    assert "--batch-size: got '0'" in capsys.readouterr().err

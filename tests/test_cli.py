@@ -16,8 +16,7 @@ from PIL import Image
 from timm.data import create_transform, resolve_data_config
 
 import t2t_fast
-from t2t_fast.bench.tables import KINDS
-from t2t_fast.cli import COMMANDS, macs, main, predict
+from t2t_fast.cli import COMMANDS, main, predict
 from t2t_fast.cli.images import ImageError, find_images, read_image
 from t2t_fast.models.variants import VARIANTS
 
@@ -444,34 +443,6 @@ def test_macs_failures(capsys: pytest.CaptureFixture[str]) -> None:
     assert "t2t_vit_7" in out
     assert err.startswith("t2t-fast: levit_128s: cannot be counted: ")
     assert len(err.splitlines()) == 1
-
-
-def test_macs_of_the_paper_as_a_result_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """benchmarks/report.py makes a table of it."""
-    names = ("vit_small_patch16_224_of_the_paper", "t2t_vit_7")
-    code, out, err = run(capsys, "macs", *names, "--output", tmp_path)
-    assert code == 0
-    (path,) = tmp_path.iterdir()
-    assert path.name.startswith("macs-224px_torch")
-    assert str(path) in err and all(name in out for name in names)
-    result = json.loads(path.read_text())
-    assert result["benchmark"] == "macs"
-    assert result["command"] == f"python -m t2t_fast macs {' '.join(names)}"
-    of_ours = sum(p.numel() for p in t2t_fast.create_model("t2t_vit_7").parameters())
-    assert [row["params"] for row in result["rows"]] == [48754408, of_ours]
-    assert "| t2t_vit_7 | 4.3 | 4.3 | 1.15 | 1.1 | +4.3% (rounds to it) |" in KINDS["macs"](result)
-    assert set(names) < {*macs._resolve_names(["zoo", "paper"])}
-
-
-def test_bench_is_the_throughput_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
-    """Options are its own, and so are the answers."""
-    code, _, err = run(capsys, "bench", "--models", "t2t_vit_77", "--device", "cpu")
-    assert code == 2
-    assert err.startswith("t2t-fast bench: error: --models: 't2t_vit_77' is unknown")
-    with pytest.raises(SystemExit) as exit_info:
-        main(["bench", "--batch-size", "0"])
-    assert exit_info.value.code == 2
-    assert "--batch-size: got '0'" in capsys.readouterr().err
 
 
 def test_list(capsys: pytest.CaptureFixture[str]) -> None:

@@ -130,9 +130,9 @@ def test_uninstalled_in_the_repository_root(source: Path, venv: Path) -> None:
 USE_THE_EXTENSION = """
 import json, torch, t2t_fast
 from t2t_fast.env import collect_env
-x, r = torch.randn(2, 5, 8), torch.randn(3, 8)
+x, r = torch.randn(2, 5, 8).bfloat16(), torch.randn(3, 8).bfloat16()
 torch.set_num_threads(2)
-explanation = t2t_fast.explain(lambda: t2t_fast.ops.se_gate(x.bfloat16(), r, r.T))
+explanation = t2t_fast.explain(lambda: t2t_fast.ops.se_gate(x, r, r.T))
 print(json.dumps({"extension": collect_env()["extension"], "explain": str(explanation)}))
 """
 
