@@ -87,7 +87,7 @@ def _word(dtype: torch.dtype) -> str:
 
 def as_pair(name: str, value: object, minimum: int) -> tuple[int, int]:
     """An integer or a pair of integers as a pair, each at least ``minimum``; see :func:`as_integer`."""
-    items = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value, value)
+    items = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str | bytes) else (value, value)
     pair = [as_integer(item) for item in items]
     if len(pair) != 2 or pair[0] is None or pair[1] is None:
         raise TypeError(f"{name} must be an int or a pair of ints, got {value!r}")

@@ -10,7 +10,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.types import Device
 
-from ..checks import check_real, factory_options
+from ..checks import LARGEST, check_real, factory_options
 from ..ops import linear
 from .attention import Attention
 from .branch import add_two_branches
@@ -70,6 +70,8 @@ class Block(nn.Module):
         if block_type not in BLOCK_TYPES:
             raise ValueError(f"block_type={block_type!r} is unknown; accepted: {', '.join(BLOCK_TYPES)}")
         hidden_dim = int(dim * check_real("mlp_ratio", mlp_ratio))
+        if hidden_dim > LARGEST:
+            raise ValueError(f"mlp_ratio must leave at most {LARGEST} hidden channels, got {mlp_ratio!r}")
         if hidden_dim < 1:
             raise ValueError(f"mlp_ratio must leave at least one hidden channel of {dim}, got {mlp_ratio!r}")
         self.norm1 = norm_layer(dim, **options)

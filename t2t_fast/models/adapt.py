@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .architecture import FIRST_KERNEL, some, source_channels, square_side
-from .layouts import CheckpointError, unwrapped
+from .architecture import FIRST_KERNEL, source_channels, square_side
+from .layouts import CheckpointError, some, unwrapped
 from .pos_embed import resize_table
 
 
@@ -66,6 +66,8 @@ def _adapt_head(adapted: dict[str, Tensor], own: Mapping[str, Any]) -> list[str]
         return []
     if not kept:
         note = f"dropped {_describe_head(given)}: the model has none"
+        if not _of_classes(given):  # one that no name or number of classes would have made
+            note = LoudNote(f"{note}; give the model such a head, and load it with load_checkpoint")
     elif not given:
         note = LoudNote(f"no head in the weights: the model keeps its own{_of_classes(kept)}")
     elif _of_classes(given) and _of_classes(kept):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import FLOAT_DTYPES
-from .layouts import CheckpointError, detect_layout
+from .layouts import CheckpointError, detect_layout, some
 from .variants import VARIANTS
 
 _ESSENTIAL = ("cls_token", "tokens_to_token.project.weight", "blocks.0.norm1.weight", "blocks.0.mlp.fc2.weight")
@@ -28,6 +28,11 @@ _BLOCKS = {
     "standard": "blocks.0.mlp.fc2.weight",
 }
 _BLOCK_NORM = re.compile(r"blocks\.(\d{1,6})\.norm1\.weight")
+_PARAMETER = re.compile(
+    r"(?:(?:tokens_to_token|blocks)\.(?:\w+\.)*)?(?<![^.])"
+    r"(norm[12]?|qkv|[qkv]|kqv|proj|project|fc[12]|soft_split[01]|cheap_operation[23qkv]|dense_linear|linear|[02]"
+    r"|attention[12])\.(weight|bias|w)"
+)
 _PIXELS_PER_TOKEN = 16  # along one side: 4 * 2 * 2
 FIRST_KERNEL = 7
 _MAX_EXPANDED_BYTES = 2**30  # of a file's tensors that claim more values than it stores; the largest model has 0.26e9
@@ -113,11 +118,14 @@ def check_entries(state_dict: Mapping[str, Tensor]) -> None:
     Looks at types, dtypes and numbers of dimensions, and allocates nothing.
 
     Args:
-        state_dict: Official names to tensors. Other names, and the parts of a head that is no Linear, pass.
+        state_dict: Official names to tensors. Other names pass, and so does the head, which may be anything.
     """
-    expanded = 0
+    claimed = {name: value.numel() * value.element_size() for name, value in state_dict.items() if _is_expanded(value)}
+    if sum(claimed.values()) > _MAX_EXPANDED_BYTES:
+        names = some([*claimed])
+        raise CheckpointError(f"claims {sum(claimed.values())} bytes that are not in the file: {names} are expanded")
     for name, value in state_dict.items():
-        ndims = _expected_ndim(name)
+        ndims = _expected_ndim(name, value.ndim)
         if not ndims:
             continue
         if type(value) not in (Tensor, nn.Parameter) or value.layout != torch.strided or value.is_quantized:
@@ -133,24 +141,29 @@ def check_entries(state_dict: Mapping[str, Tensor]) -> None:
             raise CheckpointError(f"{name} must have {wanted} dimensions, none empty, got shape {tuple(value.shape)}")
         if name == "cls_token" and value.shape[:2] != (1, 1):
             raise CheckpointError(f"cls_token must have shape (1, 1, width), got {tuple(value.shape)}")
+        if name == "pos_embed" and value.shape[-1:] != state_dict.get("cls_token", value).shape[-1:]:
+            raise CheckpointError(f"pos_embed must be as wide as cls_token, got shape {tuple(value.shape)}")
         if name == "pos_embed" and (value.shape[0] != 1 or value.shape[1] < 2):
             raise CheckpointError(f"pos_embed must have shape (1, 1 + height * width, width), got {tuple(value.shape)}")
-        claimed = value.numel() * value.element_size()
-        if claimed > value.untyped_storage().nbytes():
-            expanded += claimed
-    if expanded > _MAX_EXPANDED_BYTES:
-        raise CheckpointError(f"claims {expanded} bytes of weights that are not in the file: its tensors are expanded")
 
 
-def _expected_ndim(name: str) -> tuple[int, ...]:
+def _is_expanded(value: Tensor) -> bool:
+    """Whether the tensor has more values than its memory: one row, say, that stands for all."""
+    if type(value) not in (Tensor, nn.Parameter) or value.layout != torch.strided or value.is_meta:
+        return False
+    return value.numel() * value.element_size() > value.untyped_storage().nbytes()
+
+
+def _expected_ndim(name: str, ndim: int) -> tuple[int, ...]:
     """The numbers of dimensions that a T2T-ViT's entry of this name may have; none for a name that it does not have."""
     if name in ("cls_token", "pos_embed"):
         return (3,)
-    parent, _, leaf = name.rpartition(".")
-    is_ours = parent in ("head", "norm") or parent.startswith(("tokens_to_token.", "blocks."))
-    if not is_ours or leaf not in ("weight", "bias", "w"):
+    if (name, ndim) in (("head.weight", 2), ("head.bias", 1)):  # those of a Linear; other heads are anything
+        return (ndim,)
+    match = _PARAMETER.fullmatch(name)
+    if not match:
         return ()
-    module = parent.rpartition(".")[2]
+    module, leaf = match[1], match[2]
     if leaf == "bias" or module.startswith("norm"):
         return (1,)
     if module.startswith("soft_split"):
@@ -160,15 +173,15 @@ def _expected_ndim(name: str) -> tuple[int, ...]:
     return (2, 4) if module == "project" else (2,)
 
 
-def describe_mismatch(given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
+def describe_mismatch(given: Mapping[str, Any], own: Mapping[str, Any]) -> str:
     """One line on how the entries of a file differ from a model's own, empty if they do not."""
     parts = {
         "missing": [name for name in own if name not in given],
         "unexpected": [name for name in given if name not in own],
         "of another shape": [
-            f"{name} {tuple(given[name].shape)} for {tuple(own[name].shape)}"
+            f"{name} {_shape(given[name])} for {_shape(own[name])}"
             for name in own
-            if name in given and given[name].shape != own[name].shape
+            if name in given and _shape(given[name]) != _shape(own[name])
         ],
     }
     text = "; ".join(f"{len(names)} {what}: {some(names)}" for what, names in parts.items() if names)
@@ -178,11 +191,9 @@ def describe_mismatch(given: Mapping[str, Tensor], own: Mapping[str, Tensor]) ->
     return f"the weights (closest model {found}) do not fit the model (closest {wanted}): {text}"
 
 
-def some(names: Sequence[str], count: int = 4) -> str:
-    """The first few names, in one line, and how many more there are."""
-    more = f" and {len(names) - count} more" if len(names) > count else ""
-    shown = [name if name.isprintable() else ascii(name) for name in (name[:200] for name in names[:count])]
-    return ", ".join(shown) + more if names else "nothing"
+def _shape(value: Any) -> tuple[int, ...] | str:
+    """The shape of a tensor, the type of what a quantised module has instead of one."""
+    return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
 
 
 def source_channels(state_dict: Mapping[str, Tensor]) -> int | None:

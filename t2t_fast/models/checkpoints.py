@@ -7,10 +7,10 @@ Nothing in a file is ever executed: pickles go through ``torch.load(weights_only
 
 from __future__ import annotations
 
-import copy
 import io
 import logging
 import os
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,8 +21,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ..checks import FLOAT_DTYPES
+from ..checks import FLOAT_DTYPES, as_pair
 from ..files import check_target, write_bytes
+from ..layers import TokensToToken
 from .adapt import LoudNote, adapt_state_dict, fit_table, t2t_vit_inside
 from .architecture import check_entries, describe_mismatch, infer_architecture, lookalikes, require_t2t_vit
 from .containers import FoundWeights, as_grid, find_weights, recorded_grid
@@ -109,18 +110,17 @@ def _translate(path: Path, file: WeightFile, found: FoundWeights) -> Checkpoint:
         require_t2t_vit(state_dict, [*found.tensors] or [str(name) for name in file.content], found.ignored)
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path}: {error}") from error
-    grid = found.grid or _grid_of(file.config)
+    grid = found.grid or grid_of_config(file.config.get("pretrained_cfg"))
     if grid and "pos_embed" in state_dict and grid[0] * grid[1] + 1 != state_dict["pos_embed"].shape[1]:
         grid = None  # a note of another state of the model
     return Checkpoint(path, state_dict, layout, found.source, found.notes + found.ignored, grid, file.config)
 
 
-def _grid_of(config: Mapping[str, Any]) -> tuple[int, int] | None:
-    """The grid that a ``config.json`` by timm implies."""
-    pretrained = config.get("pretrained_cfg")
-    size = pretrained.get("input_size") if isinstance(pretrained, Mapping) else None
-    pixels = as_grid(size[1:]) if isinstance(size, list) else None
-    return as_grid([side // 16 for side in pixels]) if pixels else None
+def grid_of_config(pretrained_cfg: Any) -> tuple[int, int] | None:
+    """The grid that the input size of timm's ``pretrained_cfg`` implies, None where there is none."""
+    size = pretrained_cfg.get("input_size") if isinstance(pretrained_cfg, Mapping) else None
+    pixels = as_grid(size[1:]) if isinstance(size, tuple | list) else None
+    return TokensToToken.grids(*pixels)[2] if pixels and min(pixels) >= 16 else None
 
 
 def load_checkpoint(
@@ -152,8 +152,12 @@ def load_checkpoint(
         OSError: There is no such file, it may not be read, or it is a device or FIFO.
         ValueError: ``path`` is empty.
         CheckpointError: The file holds no T2T-ViT, or one that does not fit the model.
-        TypeError: ``model`` is no T2T-ViT of this library, and the names are not its own.
+        TypeError: ``model`` is no T2T-ViT of this library, and the names are not its own; or ``grid_size`` is no pair.
     """
+    if model is not None and not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module or None, got {type(model).__name__}")
+    if grid_size is not None:
+        grid_size = as_pair("grid_size", grid_size, 1)
     if isinstance(path, Mapping):
         file = WeightFile(path, path.get(GRID_KEY))
         path = Path("state_dict")
@@ -188,18 +192,25 @@ def load_into(
     own_names = {unwrapped(name): name for name in inner.state_dict()}  # with those of compiled blocks and the like
     try:
         adapted, notes = adapt_state_dict(checkpoint.state_dict, inner, checkpoint.grid_size or grid_size)
+        _check_fit(adapted, inner, strict)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    try:
-        inner.load_state_dict({own_names.get(name, name): value for name, value in adapted.items()}, strict=strict)
-    except RuntimeError as error:
-        raise CheckpointError(f"{path}: {describe_mismatch(adapted, _tensors(inner)) or error}") from error
+    inner.load_state_dict({own_names.get(name, name): value for name, value in adapted.items()}, strict=strict)
     log_notes(notes, path)
     return adapted
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {unwrapped(name): value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+def _check_fit(adapted: Mapping[str, Any], model: nn.Module, strict: bool) -> None:
+    """Raise unless ``load_state_dict`` would take all of ``adapted``: a refused file changes nothing."""
+    own = {unwrapped(name): value for name, value in model.state_dict().items()}
+    for name, value in adapted.items():
+        both = isinstance(value, Tensor) and isinstance(own.get(name), Tensor)
+        if both and own[name].is_floating_point() and not value.is_floating_point():
+            raise CheckpointError(f"{name} has dtype {value.dtype}, the model's {own[name].dtype}")
+    kept = own if strict else {name: value for name, value in own.items() if name in adapted}
+    given = adapted if strict else {name: value for name, value in adapted.items() if name in own}
+    if mismatch := describe_mismatch(given, kept):
+        raise CheckpointError(mismatch)
 
 
 def _are_own(entries: Mapping[str, Any], model: nn.Module) -> bool:
@@ -212,7 +223,10 @@ def _fit_own(
     found: FoundWeights, model: nn.Module, grid_size: tuple[int, int] | None
 ) -> tuple[dict[str, Any], list[str]]:
     """Entries that are the model's own, the position table resized if it is known to be of another grid."""
-    entries: Any = copy.copy(found.entries)  # with its metadata, which quantised modules read
+    entries: Any = OrderedDict(found.entries)
+    metadata = getattr(found.entries, "_metadata", None)
+    if isinstance(metadata, Mapping) and all(isinstance(own, Mapping) for own in metadata.values()):
+        entries._metadata = metadata  # quantised modules read it
     notes: list[str] = []
     inner = t2t_vit_inside(model)
     for name, bare in found.names.items():

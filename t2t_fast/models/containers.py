@@ -10,19 +10,19 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from .architecture import some
-from .layouts import CheckpointError, find_prefixes, names_under
+from .layouts import CheckpointError, find_prefixes, names_under, some
 from .pickles import StandIn
 from .weight_files import GRID_KEY
 
 # Containers and prefixes by preference, the averaged weights' apart. Others are searched, and taken if there is one.
 _KNOWN = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict", "model_state", "module", "")
 _KNOWN_PREFIXES = ("", "module.", "model.", "backbone.")
-_AVERAGED = re.compile(r"(^|[._])(ema|averaged?|avg|swa)([._]|$)")
-# Trainers that swap both kinds before they save: `state_dict` then has the averaged weights, the other entry (of
-# mmengine, of Lightning) those that were trained.
-_SWAPPED = ("ema_state_dict", "current_model_state")
+_AVERAGED = re.compile(r"(?i:(^|[._])(ema|averaged?|avg|swa)([._]|$))|EMA")
+# Trainers that swap both kinds before they save: `state_dict` has the averaged weights, this entry the trained ones.
+# Each trainer is known by what else it writes (mmengine, Lightning).
+_SWAPPED = {"ema_state_dict": "message_hub", "current_model_state": "pytorch-lightning_version"}
 _MAX_DEPTH = 4
+_MAX_DICTIONARIES = 1000
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class _Candidate:
         return _KNOWN.index(container) if known else len(_KNOWN)
 
     def __str__(self) -> str:
-        return f"{self.source} under {self.prefix!r}" if self.prefix else self.source
+        return some([f"{self.source} under {self.prefix}" if self.prefix else self.source])
 
 
 def find_weights(content: Mapping[Any, Any], use_ema: bool, grid: Any = None) -> FoundWeights:
@@ -129,20 +129,27 @@ def as_grid(value: Any) -> tuple[int, int] | None:
     return None
 
 
-def _search(entries: Mapping[Any, Any], path: tuple[str, ...] = ()) -> Iterator[_Candidate]:
+def _search(
+    entries: Mapping[Any, Any], path: tuple[str, ...] = (), visited: list[str] | None = None
+) -> Iterator[_Candidate]:
     """Every place where a T2T-ViT's names stand, in a file's dictionaries and in those inside them."""
+    visited = [] if visited is None else visited
+    if len(visited) == _MAX_DICTIONARIES:  # they may hold one another
+        return
+    visited.append("".join(path[-1:]))
     tensors, _ = _tensors_of(entries)
     for prefix in find_prefixes(tensors):
         around = prefix.removesuffix("backbone.").removesuffix("module.")
         averaged = bool(_AVERAGED.search(".".join((*path, prefix)))) or f"{around}n_averaged" in entries
         yield _Candidate(path, prefix, entries, averaged)
-    if len(path) < _MAX_DEPTH:
-        for key, value in entries.items():
-            if isinstance(key, str) and isinstance(value, Mapping):
-                swapped = key == "state_dict" and any(isinstance(entries.get(name), Mapping) for name in _SWAPPED)
-                for found in _search(value, (*path, key)):
-                    averaged = (found.averaged or swapped) and key not in _SWAPPED
-                    yield replace(found, averaged=averaged)
+    if len(path) == _MAX_DEPTH:
+        return
+    trained = [name for name, mark in _SWAPPED.items() if mark in entries and isinstance(entries.get(name), Mapping)]
+    for key, value in entries.items():
+        if isinstance(key, str) and isinstance(value, Mapping):
+            for found in _search(value, (*path, key), visited):
+                averaged = bool(trained) if key == "state_dict" and trained else found.averaged and key not in trained
+                yield replace(found, averaged=averaged)
 
 
 def _likeliest_container(content: Mapping[Any, Any]) -> FoundWeights:

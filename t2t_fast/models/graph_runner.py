@@ -43,6 +43,8 @@ class GraphRunner(nn.Module):
 
     def __init__(self, model: nn.Module, batch_sizes: Sequence[int] = (1,), example: Tensor | None = None) -> None:
         super().__init__()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         self._batch_sizes = tuple(batch_sizes)
         for size in self._batch_sizes:
             check_count("batch_sizes", size, 1)

@@ -21,7 +21,7 @@ a name that the target layout has no place for raises :class:`LayoutError`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ _WRAPPERS = ("module.", "model.", "backbone.")
 _INNER_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 
 _ANCHOR = "cls_token"
-_TOKEN_MODULES = ("tokens_to_token.", "patch_embed.")
+_TOKEN_MODULES = ("tokens_to_token.", "patch_embed.attn1.")
 
 _READ: dict[str, tuple[tuple[re.Pattern[str], str], ...]] = {
     "official": (),
@@ -96,6 +96,13 @@ class CheckpointError(ValueError):
 
 class LayoutError(CheckpointError):
     """A name, or a whole model, that a layout cannot express."""
+
+
+def some(names: Sequence[str], count: int = 4) -> str:
+    """The first few names, in one line, and how many more there are."""
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    shown = [name if name.isprintable() else ascii(name) for name in (name[:200] for name in names[:count])]
+    return ", ".join(shown) + more if names else "nothing"
 
 
 def detect_layout(names: Iterable[str]) -> str:
@@ -210,16 +217,20 @@ def find_prefixes(names: Iterable[str]) -> list[str]:
 def names_under(prefix: str, names: Iterable[str]) -> dict[str, str]:
     """The names that stand under a prefix, each with what is left of it behind the prefix.
 
-    mmpretrain's head stands beside its ``backbone.``, and belongs to it.
+    A head beside a ``backbone.`` without one, as mmpretrain has it, belongs to it.
+
+    Raises:
+        LayoutError: Two entries have the same name.
     """
-    beside = prefix.removesuffix("backbone.") if prefix.endswith("backbone.") else prefix
-    found = {}
-    for name in names:
-        bare = unwrapped(name)
-        if bare.startswith(prefix):
-            found[name] = bare.removeprefix(prefix)
-        elif bare.startswith(f"{beside}head."):
-            found[name] = bare.removeprefix(beside)
+    bare = {name: unwrapped(name) for name in names}
+    found = {name: short.removeprefix(prefix) for name, short in bare.items() if short.startswith(prefix)}
+    if prefix.endswith("backbone.") and not any(short.startswith("head.") for short in found.values()):
+        beside = prefix.removesuffix("backbone.")
+        found |= {n: short.removeprefix(beside) for n, short in bare.items() if short.startswith(f"{beside}head.")}
+    owners: dict[str, str] = {}
+    for name, short in found.items():
+        if owners.setdefault(short, name) != name:
+            raise LayoutError(f"state_dict holds {short!r} twice: {owners[short]!r} and {name!r} both mean it")
     return found
 
 
@@ -233,7 +244,7 @@ def _strip(name: str) -> str:
 def _relayout(name: str, value: Tensor, layout: str) -> Tensor:
     """Transpose the weight of a Linear to or from PaddlePaddle's (in, out)."""
     if layout == "paddlevit" and value.ndim == 2 and name.endswith(".weight"):
-        return value.t().contiguous()
+        return value.t()
     return value
 
 
@@ -241,7 +252,7 @@ def _as_tensor(name: str, value: Tensor | np.ndarray) -> Tensor:
     if isinstance(value, Tensor):
         return value
     if isinstance(value, np.ndarray):
-        return torch.from_numpy(value)
+        return torch.from_numpy(value.astype(value.dtype.newbyteorder("="), copy=False))
     raise TypeError(f"state_dict[{name!r}] must be a tensor or a NumPy array, got {type(value).__name__}")
 
 

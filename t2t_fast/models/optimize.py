@@ -13,8 +13,8 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from ..layers.tokens_to_token import _FIRST, _LATER
-from .architecture import describe_mismatch, read_design, require_t2t_vit, some, source_channels, square_side
-from .layouts import CheckpointError, official_name, to_official
+from .architecture import describe_mismatch, read_design, require_t2t_vit, source_channels, square_side
+from .layouts import CheckpointError, official_name, some, to_official
 from .t2t_vit import T2TViT
 from .t2t_vit_dense import T2TViTDense
 

@@ -19,11 +19,14 @@ def sinusoid_table(num_positions: int, dim: int, device: Device = None, dtype: t
 
     Computed on the CPU in float64, for not every device has it; ``device`` None is torch's default device.
     """
+    device = torch.get_default_device() if device is None else torch.device(device)
+    if device.type == "meta":
+        return torch.empty(1, num_positions, dim, device=device, dtype=dtype)
     position = torch.arange(num_positions, dtype=torch.float64, device="cpu").unsqueeze(1)
     exponent = 2 * torch.arange(dim, dtype=torch.float64, device="cpu").div(2, rounding_mode="floor") / dim
     angle = position / 10000**exponent
     table = torch.where(torch.arange(dim, device="cpu") % 2 == 0, angle.sin(), angle.cos())
-    return table.unsqueeze(0).to(torch.get_default_device() if device is None else device, dtype)
+    return table.unsqueeze(0).to(device, dtype)
 
 
 def resize_table(table: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+from collections.abc import Mapping
 from typing import Any
 from urllib.error import URLError
 
 import timm
+import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import (
     PretrainedCfg,
@@ -18,7 +21,7 @@ from timm.models import (
 from torch import nn
 
 from .adapt import LoudNote
-from .architecture import infer_architecture, lookalikes
+from .architecture import describe_mismatch, infer_architecture, lookalikes
 from .checkpoints import Checkpoint, load_into, log_notes, read_checkpoint
 from .layouts import CheckpointError
 from .t2t_vit import T2TViT, adapt_for_loading
@@ -44,7 +47,7 @@ def _cfg(name: str, url: str = "", image_size: int = 224, **kwargs: Any) -> dict
         # Without a first convolution there is nothing that timm could adapt to in_chans; the loader does it.
         "first_conv": "tokens_to_token.soft_split0" if convolutional else (),
         "classifier": "head",
-        "custom_load": bool(url),
+        "custom_load": True,  # files go to T2TViT.load_pretrained, which reads all that load_checkpoint does
         "license": "bsd-3-clause-clear",
         "paper_ids": "arXiv:2101.11986",
         **kwargs,
@@ -168,8 +171,9 @@ def _cut_to_features(model: nn.Module, name: str, kwargs: dict[str, Any]) -> nn.
     """What ``features_only=True`` makes, with the weights of the whole model."""
     features = timm.create_model(name, features_only=True, **kwargs)
     weights = model.state_dict()
-    own = features.state_dict()
-    features.load_state_dict({key: weights[key.removeprefix("model.")] for key in own})
+    # timm's wrappers put the model into a module of their own: model., body., graph_module.
+    names = {key: key if key in weights else key.partition(".")[2] for key in features.state_dict()}
+    features.load_state_dict({key: weights[own] for key, own in names.items()})
     return features
 
 
@@ -182,9 +186,34 @@ def _complete(name: str | None, checkpoint: Checkpoint, kwargs: dict[str, Any]) 
             raise CheckpointError(f"{checkpoint.path}: {error}") from error
         return name, kwargs  # a custom width or depth: the call describes it
     others = lookalikes(inferred_name)
-    if checkpoint.config.get("architecture") in others:
-        inferred_name, others = str(checkpoint.config["architecture"]), ()
-    if name is None and others and "architecture" not in checkpoint.config:
+    named = checkpoint.config.get("architecture")
+    if named in (inferred_name, *others):
+        inferred_name, others = str(named), ()
+        inferred |= _saved_arguments(checkpoint.config)
+    _check_inferred(inferred_name, inferred, checkpoint)
+    if name is None and others:
         same = f"taken for {inferred_name}, but {', '.join(others)} has weights of the very same names and shapes"
         log_notes([LoudNote(f"{same}: pass the name if it is one")], checkpoint.path)
     return name or inferred_name, {**inferred, **kwargs}
+
+
+def _saved_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The model's arguments in a ``config.json`` that timm or transformers wrote."""
+    arguments = config.get("model_args")
+    known = inspect.signature(T2TViT).parameters.keys() | inspect.signature(T2TViTDense).parameters.keys()
+    saved = {key: value for key, value in arguments.items() if key in known} if isinstance(arguments, Mapping) else {}
+    if "global_pool" in config:
+        saved.setdefault("global_pool", config["global_pool"])
+    return saved
+
+
+def _check_inferred(name: str, inferred: dict[str, Any], checkpoint: Checkpoint) -> None:
+    """Raise unless the weights have the shapes of the model that they were taken for; asks for no memory."""
+    try:
+        with torch.device("meta"):
+            own = _create(name, pretrained=False, **inferred).state_dict()
+        given = {key: checkpoint.state_dict[key] for key in own if key in checkpoint.state_dict}
+        if mismatch := describe_mismatch(given, {key: own[key] for key in given}):
+            raise CheckpointError(mismatch)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{checkpoint.path}: {error}") from error

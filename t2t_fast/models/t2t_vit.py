@@ -19,7 +19,7 @@ from ..layers import Block, TokensToToken
 from ..numerics import compute_dtype
 from .adapt import adapt_state_dict
 from .architecture import check_entries
-from .checkpoints import load_checkpoint, log_notes
+from .checkpoints import grid_of_config, load_checkpoint, log_notes
 from .containers import find_weights
 from .layouts import to_official
 from .pos_embed import TableCache, resize_table, sinusoid_table, table_for_grid
@@ -285,8 +285,9 @@ class T2TViT(nn.Module):
 
     def load_pretrained(self, checkpoint_path: str, prefix: str = "") -> None:
         """Load a checkpoint file of any known layout; timm calls this for ``pretrained=True`` and ``.npz`` files."""
-        released = not str(checkpoint_path).endswith(".npz")
-        load_checkpoint(checkpoint_path, self, grid_size=_pretrained_grid(self) if released else None)
+        cfg = getattr(self, "pretrained_cfg", None) or {}
+        users = cfg.get("file") or str(checkpoint_path).endswith(".npz")  # whose image size the configuration is not
+        load_checkpoint(checkpoint_path, self, grid_size=None if users else grid_of_config(cfg))
 
     def _embed(self, x: Tensor) -> Tensor:
         tokens = self.tokens_to_token(x)
@@ -391,6 +392,8 @@ class T2TViT(nn.Module):
 
 
 def _check_global_pool(global_pool: str) -> str:
+    if not isinstance(global_pool, str):
+        raise TypeError(f"global_pool must be a str, got {global_pool!r}")
     if global_pool not in GLOBAL_POOLS:
         raise ValueError(f"global_pool={global_pool!r} is unknown; accepted: {', '.join(map(repr, GLOBAL_POOLS))}")
     return global_pool
@@ -445,12 +448,6 @@ def _record_grid(module: nn.Module, state_dict: Any, prefix: str, local_metadata
     local_metadata[GRID_KEY] = module.grid_size
 
 
-def _pretrained_grid(model: Any) -> tuple[int, int] | None:
-    """The grid of the weights that the model's pretrained configuration stands for."""
-    size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
-    return (size[1] // 16, size[2] // 16) if size else None
-
-
 def adapt_for_loading(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """timm's filter for pretrained weights: official names, fitted to ``model``.
 
@@ -459,6 +456,7 @@ def adapt_for_loading(state_dict: Mapping[str, Any], model: nn.Module) -> dict[s
     found = find_weights(state_dict, use_ema=True)
     official, _ = to_official({bare: found.tensors[name] for name, bare in found.names.items()})
     check_entries(official)
-    adapted, notes = adapt_state_dict(official, model, found.grid or _pretrained_grid(model))
+    grid = found.grid or grid_of_config(getattr(model, "pretrained_cfg", None))
+    adapted, notes = adapt_state_dict(official, model, grid)
     log_notes((*found.notes, *notes), type(model).__name__)
     return {name: value for name, value in adapted.items() if name in official}

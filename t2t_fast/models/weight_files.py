@@ -15,11 +15,12 @@ import numpy as np
 import safetensors.torch
 
 from ..files import require_regular
-from .layouts import CheckpointError
+from .layouts import CheckpointError, some
 from .pickles import PickledCode, StandIn, load_pickle
 
 GRID_KEY = "grid_size"  # what our files call the height and width, in tokens, of the position table's grid
 _INDEX_SUFFIX = ".index.json"
+_SUFFIXES = (".safetensors", ".npz", ".pth", ".pt", ".bin", ".tar")
 _FOLDER_FILES = ("model.safetensors", "pytorch_model.bin", "model.pth", "model.pt")
 
 
@@ -54,9 +55,8 @@ def read_weight_file(path: Path) -> WeightFile:
     require_regular(path)
     if path.name.endswith(_INDEX_SUFFIX):
         return _read_shards(path)
-    read = _READERS[_kind_of(path)]
     try:
-        file = read(path)
+        file = _READERS[_kind_of(path)](path)
     except PermissionError:
         raise
     except CheckpointError as error:
@@ -79,19 +79,19 @@ def read_weight_file(path: Path) -> WeightFile:
 def _kind_of(path: Path) -> str:
     if path.suffix == ".pdparams":
         raise CheckpointError(
-            f"{path}: is a PaddlePaddle pickle, which is not executed here; write an .npz with PaddlePaddle: "
+            "is a PaddlePaddle pickle, which is not executed here; write an .npz with PaddlePaddle: "
             f"numpy.savez('weights.npz', **{{k: v.numpy() for k, v in paddle.load({path.name!r}).items()}})"
         )
     with open(path, "rb") as file:
         start = file.read(9)
     if start.startswith(b"\x93NUMPY") or path.suffix == ".npy":
-        raise CheckpointError(f"{path}: an .npy file is one array without a name; expected .npz, with all of them")
+        raise CheckpointError("an .npy file is one array without a name; expected .npz, with all of them")
     if start.startswith(b"PK") and zipfile.is_zipfile(path):
         names = zipfile.ZipFile(path).namelist()
         if any(name.endswith(".npy") for name in names):
             return "npz"
         if not any(name.endswith("data.pkl") for name in names):
-            raise CheckpointError(f"{path}: is a ZIP archive that holds no weights")
+            raise CheckpointError("is a ZIP archive that holds no weights")
         return "pickle"
     header_size = int.from_bytes(start[:8], "little")
     if start[8:] == b"{" and header_size <= path.stat().st_size - 8:
@@ -130,10 +130,10 @@ def _read_folder(folder: Path) -> WeightFile:
     """A folder as ``save_pretrained`` and timm write it, or one with a single file of weights."""
     indices = sorted(folder.glob(f"*{_INDEX_SUFFIX}"))
     names = [folder / name for name in _FOLDER_FILES if (folder / name).is_file()]
-    single = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in (".safetensors", ".npz")]
+    single = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in _SUFFIXES and path.is_file()]
     chosen = indices or names or (single if len(single) == 1 else [])
     if not chosen:
-        expected = f"an index (*{_INDEX_SUFFIX}), {', '.join(_FOLDER_FILES)} or a single .safetensors or .npz"
+        expected = f"an index (*{_INDEX_SUFFIX}), {', '.join(_FOLDER_FILES)} or a single {', '.join(_SUFFIXES)}"
         raise CheckpointError(f"{folder}: is a directory without weights; expected {expected}")
     file = read_weight_file(chosen[0])
     return WeightFile(file.content, file.grid, _read_json(folder / "config.json"))
@@ -148,28 +148,35 @@ def _read_shards(index: Path) -> WeightFile:
     grid = None
     for name in sorted(set(weight_map.values())):
         shard = index.parent / name
-        if Path(name).name != name or not shard.is_file():
-            raise CheckpointError(f"{index}: names the file {name!r}, which is not in its folder")
+        if Path(name).name != name or name.endswith(_INDEX_SUFFIX) or not _is_file(shard):
+            raise CheckpointError(f"{index}: names the file {some([name])}, which is no file of weights in its folder")
         file = read_weight_file(shard)
         grid = grid or file.grid
         content.update({key: value for key, value in file.content.items() if weight_map.get(key) == name})
     missing = [key for key in weight_map if key not in content]
     if missing:
-        raise CheckpointError(f"{index}: names {missing[0]!r}, which is not in {weight_map[missing[0]]}")
+        raise CheckpointError(f"{index}: names {some(missing[:1])}, which is not in {weight_map[missing[0]]}")
     return WeightFile(content, grid)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     """A JSON object; an empty one where there is no such file."""
+    if not _is_file(path):
+        return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: is no JSON: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a JSON object")
     return content
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name longer than any file's
+        return False
 
 
 def _guess_content(path: Path, error: Exception) -> str:
@@ -184,6 +191,8 @@ def _guess_content(path: Path, error: Exception) -> str:
         return "it is a Git LFS pointer, not the file itself"
     if b"Object arrays cannot be loaded" in str(error).encode():
         return "it holds pickled objects, which were not executed"
+    if "persistent_load of storage" in str(error):
+        return "beside the weights it holds a pickled module in the format of torch before 1.6, which is not read"
     if "Unsupported operand" in str(error):
         return "its pickle protocol is not torch.save's own (2), and only that is read without executing anything"
     if all(32 <= byte < 127 or byte in b"\t\r\n" for byte in start):
