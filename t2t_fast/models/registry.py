@@ -69,6 +69,9 @@ default_cfgs = generate_default_cfgs(_default_cfgs())
 
 def _create(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     out_indices = kwargs.pop("out_indices", 3)
+    overlay = kwargs.get("pretrained_cfg_overlay") or {}
+    if overlay.get("file"):  # read by T2TViT.load_pretrained, too, which knows more than timm's reader
+        kwargs["pretrained_cfg_overlay"] = {"custom_load": True, **overlay}
     arguments = {**VARIANTS[name].kwargs, **kwargs}
     model_class = T2TViTDense if arguments["block_type"] == "dense" else T2TViT
     try:
