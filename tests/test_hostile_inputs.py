@@ -171,3 +171,32 @@ def test_create_model() -> None:
         images = torch.randn(1, model.tokens_to_token.in_chans, *model.img_size)
         assert torch.isfinite(model.eval()(images)).all(), arguments
     assert min(outcomes.values()) > 30
+
+
+@pytest.mark.parametrize("value", [None, 3, "text", [], {}, b"x", torch.zeros(2)])
+def test_functions_of_a_model(tmp_path: Any, value: Any) -> None:
+    """What is no model is refused by every function that takes one."""
+    functions: list[Callable[[], Any]] = [
+        lambda: t2t_fast.freeze(value),
+        lambda: t2t_fast.optimize(value),
+        lambda: t2t_fast.export(value, tmp_path / "m.pt2"),
+        lambda: t2t_fast.GraphRunner(value),
+        lambda: t2t_fast.explain(value),
+        lambda: t2t_fast.save_checkpoint(value, tmp_path / "m.pth"),
+        lambda: t2t_fast.use_backend(value).__enter__(),
+    ]
+    for function in functions:
+        if isinstance(value, dict) and function is functions[5]:
+            continue  # no weights at all are weights
+        with pytest.raises(DOCUMENTED, match=r"\w+ \w+"):
+            function()
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("value", [None, 3, "text", torch.zeros(2), torch.zeros(1, 3, 32, 32, dtype=torch.int64)])
+def test_images_and_tokens_that_are_none(value: Any) -> None:
+    model = t2t_fast.create_model("t2t_vit_7", img_size=32, depth=1).eval()
+    frozen = t2t_fast.freeze(model)
+    for function in (model, model.forward_features, model.forward_intermediates, frozen):
+        with pytest.raises(DOCUMENTED, match="images"):
+            function(value)

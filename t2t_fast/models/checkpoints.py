@@ -270,9 +270,11 @@ def save_checkpoint(
     Raises:
         LayoutError: The project of ``layout`` has no such model.
         CheckpointError: Unknown suffix, or a tensor that the format cannot hold.
-        TypeError: An entry of ``state_dict`` is no tensor.
+        TypeError: ``state_dict`` is no mapping, or an entry of it no tensor.
         OSError: The file cannot be written (``filename`` is ``path``); the old one is untouched.
     """
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict must be a mapping of names to tensors, got {type(state_dict).__name__}")
     check_checkpoint_target(path)
     tensors = from_official({name: _storable(name, value) for name, value in state_dict.items()}, layout)
     tensors = {name: value.contiguous() for name, value in tensors.items()}  # those of PaddleViT are transposed

@@ -67,7 +67,8 @@ class FrozenT2TViT(nn.Module):
         return self.model.forward_intermediates(self._cast(x), *args, **kwargs)
 
     def _cast(self, x: Tensor) -> Tensor:
-        return x.to(self.dtype) if x.is_floating_point() else x
+        is_float = hasattr(x, "is_floating_point") and x.is_floating_point()  # anything else is refused by the model
+        return x.to(self.dtype) if is_float else x
 
     def train(self, mode: bool = True) -> FrozenT2TViT:
         """Raises:

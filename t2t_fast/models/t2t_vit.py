@@ -356,9 +356,9 @@ class T2TViT(nn.Module):
         widths = {self.feature_info[i]["num_chs"] for i in take_indices}
         if norm and widths != {self.num_features}:
             raise ValueError(f"norm=True needs features of {self.num_features} channels, got {sorted(widths)}")
-        size = x.shape[2:]
-        x = self._embed(x)
-        height, width = self.tokens_to_token.grids(*size)[2]
+        images = x
+        x = self._embed(images)
+        height, width = self.tokens_to_token.grids(*images.shape[2:])[2]
         features: list[Any] = []
         blocks = self.blocks if torch.jit.is_scripting() or not stop_early else self.blocks[: max_index + 1]
         for i, block in enumerate(blocks):
