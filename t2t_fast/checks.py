@@ -52,6 +52,8 @@ def check_tensor(name: str, value: object, ndim: int | tuple[int, ...]) -> None:
 def check_shape(name: str, value: Tensor, shape: Sequence[int | torch.SymInt], meaning: str) -> None:
     """Raise unless ``value`` has exactly ``shape``; ``meaning`` spells the shape in words."""
     check_tensor(name, value, len(shape))
+    if torch.jit.is_tracing():  # a tracer's sizes are tensors, and it would warn of each comparison
+        return
     if tuple(value.shape) != tuple(shape):
         raise ValueError(f"{name} must have shape {meaning} = {tuple(shape)}, got {tuple(value.shape)}")
 
@@ -127,6 +129,8 @@ def as_integer(value: object) -> int | None:
 
 def check_real(name: str, value: object) -> float:
     """``value`` as a float; raise unless it is a finite real number (NumPy's are taken, truth values are not)."""
+    if torch.compiler.is_compiling() and isinstance(value, float):
+        return value  # a compiler may leave it open, and then cannot ask
     number = _as_real(name, value)
     if not math.isfinite(number):
         raise ValueError(f"{name} must be finite, got {value!r}")

@@ -15,9 +15,9 @@ from typing import Any
 def importing() -> Iterator[None]:
     """Goes around this package's imports.
 
-    Where Python is starting ``python -m t2t_fast`` or ``t2t-fast``, Ctrl-C ends the program with exit code 130, and an
-    environment variable with a value that is not accepted ends it with one line and exit code 2: both come before
-    ``cli.main`` could handle them. Elsewhere this context does nothing.
+    Where Python is starting ``python -m t2t_fast``, a module of the package or ``t2t-fast``, Ctrl-C ends the program
+    with exit code 130, and an environment variable with a value that is not accepted ends it with one line and exit
+    code 2: both come before ``cli.main`` could handle them. Elsewhere this context does nothing.
     """
     if not _is_command():
         yield
@@ -36,7 +36,8 @@ def _is_command() -> bool:
     arguments = getattr(sys, "argv", None) or [""]  # an embedded interpreter may have none
     program = arguments[0]
     if program == "-m":  # Python is locating the module
-        return sys.orig_argv[-len(arguments)].removeprefix("-m") == __package__
+        module = sys.orig_argv[-len(arguments)].removeprefix("-m")
+        return module == __package__ or module.startswith(f"{__package__}.")
     main = os.path.join(os.path.dirname(__file__), "__main__.py")
     return program == main or os.path.splitext(os.path.basename(program))[0] == "t2t-fast"
 

@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -200,3 +201,24 @@ def test_images_and_tokens_that_are_none(value: Any) -> None:
     for function in (model, model.forward_features, model.forward_intermediates, frozen):
         with pytest.raises(DOCUMENTED, match="images"):
             function(value)
+
+
+def test_limits_that_follow_from_several_arguments() -> None:
+    for arguments, named in (
+        ({"mlp_ratio": 1e30}, "mlp_ratio"),
+        ({"img_size": 2**31 - 1}, "img_size"),
+        ({"img_size": b"ab"}, "img_size"),
+        ({"global_pool": ["token"]}, "global_pool"),
+    ):
+        with pytest.raises(DOCUMENTED, match=named):
+            t2t_fast.create_model("t2t_vit_7", **arguments)
+    with pytest.raises(TypeError, match="batch_sizes"):
+        t2t_fast.GraphRunner(torch.nn.Identity(), batch_sizes=0)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="y has dtype float64, norm_weight float32"):
+        x = torch.zeros(1, 2, 4)
+        ops.add_layer_norm(x, x.double(), torch.ones(4), torch.zeros(4))
+    model = t2t_fast.create_model("t2t_vit_7", img_size=np.int32(32), depth=1)
+    assert model.img_size == (32, 32)
+    model.register_buffer("mean", torch.tensor([float("inf")]))
+    with pytest.raises(ValueError, match="mean holds NaN or infinity"):
+        t2t_fast.freeze(model)

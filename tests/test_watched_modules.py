@@ -254,7 +254,7 @@ def test_quantised_weights_are_not_read(name: str) -> None:
     assert relative_error(frozen(images), dequantised(frozen, Quantised.dequantise)(images)) < 5e-6
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", FAMILIES.values())
 def test_torchao(name: str) -> None:
     quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
     images = seeded_images(2, 32, 32)

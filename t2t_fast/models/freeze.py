@@ -112,7 +112,7 @@ def freeze(model: nn.Module, dtype: torch.dtype | None = None) -> FrozenT2TViT:
     model = optimize(model)
     if model.cls_token.is_meta:
         raise ValueError("model is on the meta device, got no weights to freeze; load them first")
-    for name, weight in model.named_parameters():
+    for name, weight in (*model.named_parameters(), *model.named_buffers()):
         if is_plain_weight(weight) and not torch.isfinite(weight).all():
             raise ValueError(f"model has weights that are not finite: {name} holds NaN or infinity")
     twin = copy.deepcopy(model).eval().requires_grad_(False)

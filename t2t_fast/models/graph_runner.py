@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -45,6 +45,8 @@ class GraphRunner(nn.Module):
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        if not isinstance(batch_sizes, Iterable):
+            raise TypeError(f"batch_sizes must be a sequence of ints, got {batch_sizes!r}")
         self._batch_sizes = tuple(batch_sizes)
         for size in self._batch_sizes:
             check_count("batch_sizes", size, 1)

@@ -20,6 +20,7 @@ from timm.models import (
 )
 from torch import nn
 
+from ..checks import as_pair
 from .adapt import LoudNote
 from .architecture import describe_mismatch, infer_architecture, lookalikes
 from .checkpoints import Checkpoint, load_into, log_notes, read_checkpoint
@@ -72,6 +73,8 @@ def _create(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     overlay = kwargs.get("pretrained_cfg_overlay") or {}
     if overlay.get("file"):  # read by T2TViT.load_pretrained, too, which knows more than timm's reader
         kwargs["pretrained_cfg_overlay"] = {"custom_load": True, **overlay}
+    if not isinstance(kwargs.get("img_size"), int | None):  # timm records plain numbers
+        kwargs["img_size"] = as_pair("img_size", kwargs["img_size"], 16)
     arguments = {**VARIANTS[name].kwargs, **kwargs}
     model_class = T2TViTDense if arguments["block_type"] == "dense" else T2TViT
     try:

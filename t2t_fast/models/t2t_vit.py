@@ -13,7 +13,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.types import Device
 
-from ..checks import as_pair, check_count, check_flag, check_probability, factory_options
+from ..checks import LARGEST, as_pair, check_count, check_flag, check_probability, factory_options
 from ..dispatch import check_backend, resolve_backend, use_backend
 from ..layers import Block, TokensToToken
 from ..numerics import compute_dtype
@@ -131,6 +131,8 @@ class T2TViT(nn.Module):
         )
         self.grid_size = self.tokens_to_token.grids(*self.img_size)[2]
         num_tokens = self.grid_size[0] * self.grid_size[1] + self.num_prefix_tokens
+        if num_tokens * self.embed_dim > LARGEST:
+            raise ValueError(f"img_size={img_size!r} makes {num_tokens} tokens, too many for a position table")
         self.cls_token = nn.Parameter(torch.empty(1, 1, self.embed_dim, **options))
         self.pos_embed = nn.Parameter(torch.empty(1, num_tokens, self.embed_dim, **options), requires_grad=False)
         self._tables: TableCache = {}

@@ -193,7 +193,7 @@ def _guess_content(path: Path, error: Exception) -> str:
         return "it holds pickled objects, which were not executed"
     if "persistent_load of storage" in str(error):
         return "beside the weights it holds a pickled module in the format of torch before 1.6, which is not read"
-    if "Unsupported operand" in str(error):
+    if "Unsupported operand" in str(error) and start.startswith((b"PK", b"\x80")):
         return "its pickle protocol is not torch.save's own (2), and only that is read without executing anything"
     if all(32 <= byte < 127 or byte in b"\t\r\n" for byte in start):
         return "it is a text file"

@@ -57,5 +57,6 @@ def add_layer_norm(
     check_tensor("x", x, 3)
     check_tensor("y", y, 3)
     check_branch("y", y, y.shape, x, branch_scale, residual_name="x")
-    check_norm(norm_weight, norm_bias, x if x.dtype == torch.promote_types(x.dtype, y.dtype) else y)
+    x_decides = x.dtype == torch.promote_types(x.dtype, y.dtype)
+    check_norm(norm_weight, norm_bias, *((x, "x") if x_decides else (y, "y")))
     return _OP(backend, x, y, norm_weight, norm_bias, check_epsilon("eps", eps), branch_scale)

@@ -64,9 +64,9 @@ def layer_norm_linear(
     return _OP(backend, x, weight, bias, norm_weight, norm_bias, check_epsilon("eps", eps), gelu)
 
 
-def check_norm(norm_weight: Tensor | None, norm_bias: Tensor | None, x: Tensor) -> None:
+def check_norm(norm_weight: Tensor | None, norm_bias: Tensor | None, x: Tensor, x_name: str = "x") -> None:
     """Raise unless a LayerNorm's parameters are for the channels of ``x``, and of its dtype."""
     for name, tensor in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
         if tensor is not None:
             check_shape(name, tensor, (x.shape[2],), "(C,)")
-            check_alike("x", x, (name, tensor))
+            check_alike(x_name, x, (name, tensor))
