@@ -15,13 +15,13 @@ from .startup import importing as _importing
 
 with _importing():
     from . import ops
+    from .deploy.export import ExportError, export
+    from .deploy.freeze import FrozenT2TViT, freeze
+    from .deploy.graph_runner import GraphRunner
     from .dispatch import BackendUnavailable, explain, use_backend
     from .models import T2TViT, T2TViTDense, create_model, list_models
+    from .models.adopt import optimize
     from .models.checkpoints import CheckpointError, load_checkpoint, save_checkpoint
-    from .models.export import ExportError, export
-    from .models.freeze import FrozenT2TViT, freeze
-    from .models.graph_runner import GraphRunner
-    from .models.optimize import optimize
 
 __all__ = [
     "BackendUnavailable",

@@ -253,7 +253,7 @@ def test_export_asks_before_it_builds(
     (folder / "photo.pt2").touch()
     monkeypatch.setattr(export, "load_model", lambda args: pytest.fail("computed"))
     needed = "onnxscript" if message.startswith("writing") else ""
-    monkeypatch.setattr(sys.modules["t2t_fast.models.export"], "_has", lambda name: name != needed)
+    monkeypatch.setattr(sys.modules["t2t_fast.deploy.export"], "_has", lambda name: name != needed)
     assert message in fails(capsys, "export", *argv, "--random-weights")
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import t2t_fast
 from t2t_fast.cli import main
-from t2t_fast.models import export as module
+from t2t_fast.deploy import export as module
 
 onnx, onnxruntime = (pytest.importorskip(name) for name in ("onnx", "onnxruntime"))
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import t2t_fast
 from t2t_fast import GraphRunner
-from t2t_fast.models import graph_runner
+from t2t_fast.deploy import graph_runner
 
 
 def make(device: str = "cpu") -> nn.Module:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import t2t_fast
 from t2t_fast.bench import models
 from t2t_fast.config import BACKENDS
-from t2t_fast.models.export import load
+from t2t_fast.deploy.export import load
 
 EXPORTED = ("onnx", "aoti")
 FROZEN = ("frozen", "compiled-frozen", "cuda-graph")

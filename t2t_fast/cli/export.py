@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from ..models.export import FORMATS, ExportError, check_request, export
-from ..models.freeze import freeze
+from ..deploy.export import FORMATS, ExportError, check_request, export
+from ..deploy.freeze import freeze
 from .common import UsageError, add_command, check_new, count, file_name, is_out_of_memory, pixels
 from .predict import DEFAULT_MODEL, load_model
 from .streams import printable, write_output

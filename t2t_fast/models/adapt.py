@@ -19,9 +19,15 @@ class LoudNote(str):
 
 def t2t_vit_inside(model: Any) -> Any:
     """The T2T-ViT of this library that ``model`` is, inside DataParallel and ``torch.compile`` or not; else None."""
+    model = unwrap_model(model)
+    return model if hasattr(model, "tokens_to_token") and hasattr(model, "grid_size") else None
+
+
+def unwrap_model(model: Any) -> Any:
+    """The model inside DataParallel and ``torch.compile``."""
     while hasattr(model, "_orig_mod") or isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
-    return model if hasattr(model, "tokens_to_token") and hasattr(model, "grid_size") else None
+    return model
 
 
 def adapt_state_dict(

@@ -17,9 +17,9 @@ from ..layers.mlp import Mlp
 from ..layers.packed_linear import PackedLinear
 from ..layers.plain import are_plain, is_patched, is_plain_weight, is_watched
 from ..layers.token_transformer import TokenAttention
+from ..models.adopt import optimize
+from ..models.t2t_vit import T2TViT
 from ..numerics import no_autocast
-from .optimize import optimize
-from .t2t_vit import T2TViT
 
 # Relative norm of the difference that freezing may make to the logits, by the coarser of the two dtypes.
 _ACCEPTED = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}

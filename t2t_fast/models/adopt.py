@@ -13,6 +13,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from ..layers.tokens_to_token import _FIRST, _LATER
+from .adapt import unwrap_model
 from .architecture import describe_mismatch, read_design, require_t2t_vit, source_channels, square_side
 from .layouts import CheckpointError, official_name, some, to_official
 from .t2t_vit import T2TViT
@@ -51,7 +52,7 @@ def optimize(model: nn.Module, backend: str = "auto") -> T2TViT:
     expected = "model must be a T2T-ViT of the official code (class T2T_ViT) or of mmpretrain (backbone T2T_ViT)"
     if not isinstance(model, nn.Module):
         raise TypeError(f"{expected}, got {model!r:.80} of type {type(model).__name__}, which is no torch.nn.Module")
-    model = _unwrap(model)
+    model = unwrap_model(model)
     if isinstance(model, T2TViT):
         return model
     expected += f", got {type(model).__name__}, which "
@@ -77,13 +78,6 @@ def optimize(model: nn.Module, backend: str = "auto") -> T2TViT:
     _copy_scales(ours, modules)
     _copy_training(ours, modules, model.training)
     return ours
-
-
-def _unwrap(model: Any) -> nn.Module:
-    """The model inside DataParallel and ``torch.compile``."""
-    while hasattr(model, "_orig_mod") or isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
-    return model
 
 
 def _objections(tensors: dict[str, Tensor], modules: dict[str, nn.Module], layout: str) -> Iterator[str]:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from ..checks import check_count
 from ..dispatch import resolve_backend
+from ..models.t2t_vit import T2TViT
 from ..numerics import ieee_float32
 from .freeze import FrozenT2TViT
-from .t2t_vit import T2TViT
 
 _WARM_UP = 3  # runs before a capture: libraries choose their algorithms and fetch their workspaces
 

@@ -1,0 +1,1 @@
+"""Models for use: frozen for inference, replayed as CUDA graphs, exported to other runtimes."""
