@@ -156,31 +156,34 @@ class Op:
 
     def __call__(self, backend: str, *args: Any) -> Any:
         """Run the implementation that ``backend`` and the context ask for on ``args``."""
-        chosen, reasons = self._choose(resolve_backend(backend), args)
-        if not torch.compiler.is_compiling() and _explanation.get() is not None:
-            tell(Decision(self.name, chosen.backend, reasons, detail=chosen.detail(*args)))
+        requested = resolve_backend(backend)
+        chosen = self._choose(requested, args)
+        if is_explaining():
+            tell(
+                Decision(self.name, chosen.backend, self._reasons(requested, chosen, args), detail=chosen.detail(*args))
+            )
         return chosen.run(*args)
 
-    def _choose(self, backend: str, args: tuple[Any, ...]) -> tuple[Implementation, dict[str, str]]:
+    def _choose(self, backend: str, args: tuple[Any, ...]) -> Implementation:
         if backend != "auto":
             chosen = self._get(backend)
             reason = chosen.can_run(*args)
             if reason is not None:
                 raise BackendUnavailable(f"{self.name}: backend={backend!r} cannot run here: {reason}")
-            return chosen, {i.backend: f"{backend!r} was requested" for i in self.implementations if i is not chosen}
-        taken: Implementation | None = None
-        reasons: dict[str, str] = {}
+            return chosen
         for implementation in self.implementations:
-            if taken is not None:
-                reasons[implementation.backend] = f"{taken.backend} comes first"
-                continue
-            reason = implementation.can_run(*args) or implementation.slower(*args)
-            if reason is None:
-                taken = implementation
-            else:
-                reasons[implementation.backend] = reason
-        assert taken is not None, f"{self.name} has no implementation that runs everywhere"
-        return taken, reasons
+            if implementation.can_run(*args) is None and implementation.slower(*args) is None:
+                return implementation
+        raise AssertionError(f"{self.name} has no implementation that runs everywhere")
+
+    def _reasons(self, backend: str, chosen: Implementation, args: tuple[Any, ...]) -> dict[str, str]:
+        """Per implementation that was not chosen, why."""
+        others = [i for i in self.implementations if i is not chosen]
+        if backend != "auto":
+            return {i.backend: f"{backend!r} was requested" for i in others}
+        before = self.implementations[: self.implementations.index(chosen)]
+        reasons = {i.backend: i.can_run(*args) or i.slower(*args) or "" for i in before}
+        return reasons | {i.backend: f"{chosen.backend} comes first" for i in others if i not in before}
 
     def _get(self, backend: str) -> Implementation:
         for implementation in self.implementations:
@@ -188,6 +191,11 @@ class Op:
                 return implementation
         known = ", ".join(i.backend for i in self.implementations)
         raise BackendUnavailable(f"{self.name} has no {backend!r} implementation in this version; it has: {known}")
+
+
+def is_explaining() -> bool:
+    """Whether :func:`explain` is listening, so that a :class:`Decision` is worth making."""
+    return not torch.compiler.is_compiling() and _explanation.get() is not None
 
 
 def tell(decision: Decision) -> None:

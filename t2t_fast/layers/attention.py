@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.types import Device
 
 from ..checks import as_integer, check_real, factory_options
-from ..dispatch import Decision, tell
+from ..dispatch import Decision, is_explaining, tell
 from ..ops import attention
 from ..reference.attention import scores, weigh
 from .mlp import apply_linear
@@ -116,7 +116,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, drop: Any, fused: bool
     rate = dropout_rate(drop)
     if rate is not None and fused and use_fused_attn():
         return attention(q, k, v, scale, rate, backend=backend)
-    if not torch.compiler.is_compiling():
+    if is_explaining():
         tell(Decision("attention", "reference", {}, detail="attn_drop is called, or timm's fused attention is off"))
     attn = scores(q, k, scale).softmax(dim=-1)
     return weigh(drop(attn), v)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..aten.layer_norm_linear import layer_norm
 from ..aten.linear import multiply_packed, pack, why_not_packed
-from ..dispatch import Decision, resolve_backend, tell
+from ..dispatch import Decision, is_explaining, resolve_backend, tell
 from ..numerics import product_dtype
 from ..ops import layer_norm_linear, linear
 from .plain import is_plain_weight
@@ -54,7 +54,9 @@ class PackedLinear(nn.Module):
                 weights = (self.weight, self.bias, norm.weight, norm.bias)
                 y = layer_norm_linear(tokens, *weights, eps=norm.eps, **options)
             return y if x.dim() == 3 else y.squeeze(1)
-        tell(Decision("linear" if norm is None else "layer_norm_linear", "aten", {}, detail="oneDNN, weights laid out"))
+        if is_explaining():
+            op = "linear" if norm is None else "layer_norm_linear"
+            tell(Decision(op, "aten", {}, detail="oneDNN, weights laid out"))
         if norm is not None:
             x = layer_norm(x, norm.weight, norm.bias, norm.eps)
         dtype = product_dtype(x)  # autocast's, too
