@@ -129,8 +129,9 @@ def as_integer(value: object) -> int | None:
 
 def check_real(name: str, value: object) -> float:
     """``value`` as a float; raise unless it is a finite real number (NumPy's are taken, truth values are not)."""
-    if torch.compiler.is_compiling() and isinstance(value, float):
-        return value  # a compiler may leave it open, and then cannot ask
+    # A compiler may leave a number open, and then cannot ask.
+    if type(value) is float and (torch.compiler.is_compiling() or math.isfinite(value)):
+        return value
     number = _as_real(name, value)
     if not math.isfinite(number):
         raise ValueError(f"{name} must be finite, got {value!r}")
