@@ -54,17 +54,14 @@ class View(NamedTuple):
 def make_window(
     channels: int, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], channels_last: bool
 ) -> Window:
-    (kernel_h, kernel_w), (stride_h, stride_w), (pad_h, pad_w) = kernel_size, stride, padding
-    return Window(channels, kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, channels_last)
+    return Window(channels, *kernel_size, *stride, *padding, channels_last)
 
 
 def make_view(image: Tensor, window: Window) -> View:
     grid = window_grid(image.shape[2:], window[1:3], window[3:5], window[5:7])
     if image.shape[0] * max(image.shape[2] * image.shape[3], grid[0] * grid[1]) > 2**31 - 2**16:
         raise ValueError(f"a batch of {tuple(image.shape)} has more than 2**31 pixels or tokens; split it")
-    height, width = image.shape[2:]
-    stride_image, stride_channel, stride_row, stride_col = image.stride()
-    return View(height, width, *grid, stride_image, stride_channel, stride_row, stride_col)
+    return View(*image.shape[2:], *grid, *image.stride())
 
 
 @triton.jit
