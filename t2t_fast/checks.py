@@ -71,10 +71,12 @@ def check_alike(name: str, value: Tensor, *others: tuple[str, Tensor | None]) ->
 
     Under autocast the ops cast, to and from anything but float64.
     """
-    check_same_device(name, value, *others)
-    dtype = value.dtype
+    dtype, device = value.dtype, value.device
     for other_name, other in others:
-        if other is None or other.dtype == dtype:
+        if other is None or (other.dtype == dtype and other.device == device):
+            continue
+        check_same_device(name, value, (other_name, other))
+        if other.dtype == dtype:
             continue
         if not is_autocast(value) or torch.float64 in (value.dtype, other.dtype):
             raise TypeError(
