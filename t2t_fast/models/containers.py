@@ -84,7 +84,7 @@ def find_weights(content: Mapping[Any, Any], use_ema: bool, grid: Any = None) ->
     Raises:
         CheckpointError: There are several models, and nothing tells which one is meant.
     """
-    candidates = list(_search(content))
+    candidates = list(_search(content, (), iter(range(_MAX_DICTIONARIES))))
     if not candidates:
         return _likeliest_container(content)
     candidates.sort(key=lambda c: (c.averaged != use_ema, c.rank))
@@ -129,14 +129,10 @@ def as_grid(value: Any) -> tuple[int, int] | None:
     return None
 
 
-def _search(
-    entries: Mapping[Any, Any], path: tuple[str, ...] = (), visited: list[str] | None = None
-) -> Iterator[_Candidate]:
+def _search(entries: Mapping[Any, Any], path: tuple[str, ...], budget: Iterator[int]) -> Iterator[_Candidate]:
     """Every place where a T2T-ViT's names stand, in a file's dictionaries and in those inside them."""
-    visited = [] if visited is None else visited
-    if len(visited) == _MAX_DICTIONARIES:  # they may hold one another
+    if next(budget, None) is None:  # dictionaries may hold one another
         return
-    visited.append("".join(path[-1:]))
     tensors, _ = _tensors_of(entries)
     for prefix in find_prefixes(tensors):
         around = prefix.removesuffix("backbone.").removesuffix("module.")
@@ -147,7 +143,7 @@ def _search(
     trained = [name for name, mark in _SWAPPED.items() if mark in entries and isinstance(entries.get(name), Mapping)]
     for key, value in entries.items():
         if isinstance(key, str) and isinstance(value, Mapping):
-            for found in _search(value, (*path, key), visited):
+            for found in _search(value, (*path, key), budget):
                 averaged = bool(trained) if key == "state_dict" and trained else found.averaged and key not in trained
                 yield replace(found, averaged=averaged)
 

@@ -129,8 +129,8 @@ def create_model(
         name: A name from :func:`list_models` (or its official spelling, ``T2t_vit_14``), optionally with a weight
             tag (``t2t_vit_14.in1k_384``). None reads the architecture off ``checkpoint``.
         checkpoint: A file of any layout that :func:`t2t_fast.load_checkpoint` reads. What the call leaves open
-            (``num_classes``, ``img_size``, ``in_chans``, ``token_dim``) is taken from it; what the call fixes wins,
-            and head, position table and first split are adapted.
+            (``num_classes``, ``img_size``, ``in_chans``, ``token_dim``) is taken from it if it holds a named design;
+            what the call fixes wins, and head, position table and first split are adapted.
         pretrained: Download the official release's weights.
         use_ema: Prefer averaged weights where the file holds both.
         **kwargs: As for :class:`T2TViT`, ``backend="auto"`` among them.
