@@ -29,7 +29,7 @@ class BackendUnavailable(RuntimeError):
     """An explicitly requested backend cannot run these arguments here; the message says why."""
 
 
-def _no_objection(*args: Any, **kwargs: Any) -> str | None:
+def _nothing(*args: Any, **kwargs: Any) -> str | None:
     return None
 
 
@@ -39,17 +39,17 @@ class Implementation:
 
     Attributes:
         backend: The backend's name.
-        run: The function itself; takes exactly the arguments of ``can_run`` and ``slower``.
-        can_run: Returns None, or the reason why these arguments cannot run, in words a user can act on.
-        slower: Returns None, or why ``auto`` passes this implementation over although it could run.
+        run: The function itself; takes exactly the arguments of ``why_not`` and ``why_not_auto``.
+        why_not: Returns None, or the reason why these arguments cannot run, in words a user can act on.
+        why_not_auto: Returns None, or why ``auto`` passes this implementation over although it could run.
         detail: Returns None, or which of its ways the implementation goes and why: for :func:`explain`.
     """
 
     backend: str
     run: Callable[..., Any]
-    can_run: Callable[..., str | None] = _no_objection
-    slower: Callable[..., str | None] = _no_objection
-    detail: Callable[..., str | None] = _no_objection
+    why_not: Callable[..., str | None] = _nothing
+    why_not_auto: Callable[..., str | None] = _nothing
+    detail: Callable[..., str | None] = _nothing
 
 
 @dataclass
@@ -167,12 +167,12 @@ class Op:
     def _choose(self, backend: str, args: tuple[Any, ...]) -> Implementation:
         if backend != "auto":
             chosen = self._get(backend)
-            reason = chosen.can_run(*args)
+            reason = chosen.why_not(*args)
             if reason is not None:
                 raise BackendUnavailable(f"{self.name}: backend={backend!r} cannot run here: {reason}")
             return chosen
         for implementation in self.implementations:
-            if implementation.can_run(*args) is None and implementation.slower(*args) is None:
+            if implementation.why_not(*args) is None and implementation.why_not_auto(*args) is None:
                 return implementation
         raise AssertionError(f"{self.name} has no implementation that runs everywhere")
 
@@ -182,7 +182,7 @@ class Op:
         if backend != "auto":
             return {i.backend: f"{backend!r} was requested" for i in others}
         before = self.implementations[: self.implementations.index(chosen)]
-        reasons = {i.backend: i.can_run(*args) or i.slower(*args) or "" for i in before}
+        reasons = {i.backend: i.why_not(*args) or i.why_not_auto(*args) or "" for i in before}
         return reasons | {i.backend: f"{chosen.backend} comes first" for i in others if i not in before}
 
     def _get(self, backend: str) -> Implementation:

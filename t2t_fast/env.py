@@ -19,12 +19,12 @@ def collect_env() -> dict[str, Any]:
     import torch
 
     from t2t_fast import __version__
-    from t2t_fast.native import library
+    from t2t_fast.ops.common import extension
 
     return {
         "t2t_fast": __version__,
         "git": _git_state(Path(__file__).resolve().parents[1]),
-        "extension": library.describe(),
+        "extension": extension.describe(),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         **{name: _version(name) for name in _PACKAGES},

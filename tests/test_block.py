@@ -52,7 +52,7 @@ def kernels_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("layer_norm_linear", "add_layer_norm", "mlp"):
         module: ModuleType = importlib.import_module(f"t2t_fast.ops.{name}")
         willing = [
-            dataclasses.replace(i, slower=lambda *args: None) if i.backend == "triton" else i
+            dataclasses.replace(i, why_not_auto=lambda *args: None) if i.backend == "triton" else i
             for i in module._OP.implementations
         ]
         monkeypatch.setattr(module, "_OP", dataclasses.replace(module._OP, implementations=tuple(willing)))

@@ -105,8 +105,8 @@ def test_auto_takes_the_first_that_can_run_and_is_not_slower() -> None:
     op = Op(
         "example",
         (
-            Implementation("triton", lambda x: "triton", can_run=lambda x: "x is on the CPU"),
-            Implementation("native", lambda x: "native", slower=lambda x: "slower than aten here" if x < 3 else None),
+            Implementation("triton", lambda x: "triton", why_not=lambda x: "x is on the CPU"),
+            Implementation("native", lambda x: "native", why_not_auto=lambda x: "slower here" if x < 3 else None),
             Implementation("aten", lambda x: "aten"),
             Implementation("reference", lambda x: "reference"),
         ),
@@ -117,7 +117,7 @@ def test_auto_takes_the_first_that_can_run_and_is_not_slower() -> None:
     (decision,) = explain(lambda x: op("auto", x), 1).decisions
     assert decision.reasons == {
         "triton": "x is on the CPU",
-        "native": "slower than aten here",
+        "native": "slower here",
         "reference": "aten comes first",
     }
 

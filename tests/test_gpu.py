@@ -15,7 +15,7 @@ from torch import Tensor
 
 import t2t_fast
 from t2t_fast import ops
-from t2t_fast.native import library
+from t2t_fast.ops.common import extension
 
 HALF = (torch.float16, torch.bfloat16)
 CALLS = (
@@ -94,7 +94,7 @@ def differentiate(function: Callable[..., Any], tensors: list[Tensor | None], **
 
 
 def skip_where_missing(backend: str, device: str) -> None:
-    reason = library.cannot_run(torch.empty(1, device=device)) if backend == "native" else None
+    reason = extension.why_not(torch.empty(1, device=device)) if backend == "native" else None
     if reason is not None:
         pytest.skip(reason)
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from t2t_fast import BackendUnavailable, ops
-from t2t_fast.native import library
+from t2t_fast.ops.common import extension
 
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,11 +29,11 @@ def folder_with(path: Path, *, binary: bytes | None = b"no library", report: obj
 
 
 def test_the_extension_of_this_installation_is_loaded() -> None:
-    assert library.why_not_loaded is None, library.why_not_loaded
-    state = library.describe()
+    assert extension.why_not_loaded is None, extension.why_not_loaded
+    state = extension.describe()
     assert state["built"] and state["loaded"]
     assert state["torch"] == torch.__version__.partition("+")[0]
-    assert all(op in dir(torch.ops.t2t_fast) for op in ("se_gate", "se_gate_backward", "se_mlp", "se_mlp_backward"))
+    assert all(hasattr(torch.ops.t2t_fast, op) for op in ("se_gate", "se_gate_backward", "se_mlp", "se_mlp_backward"))
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_the_extension_of_this_installation_is_loaded() -> None:
     ],
 )
 def test_what_is_not_opened(tmp_path: Path, changes: dict[str, object], words: str) -> None:
-    module, reason = library.load(folder_with(tmp_path, **changes))
+    module, reason = extension.load(folder_with(tmp_path, **changes))
     assert module is None
     assert words in str(reason)
     assert "pip install --no-build-isolation" in str(reason)
@@ -59,7 +59,7 @@ def test_what_is_not_opened(tmp_path: Path, changes: dict[str, object], words: s
 def test_an_extension_of_another_python_is_named(tmp_path: Path) -> None:
     folder_with(tmp_path, binary=None)
     (tmp_path / "_C.cpython-39-x86_64-linux-gnu.so").touch()
-    assert "found: _C.cpython-39-x86_64-linux-gnu.so, of another Python" in str(library.load(tmp_path)[1])
+    assert "found: _C.cpython-39-x86_64-linux-gnu.so, of another Python" in str(extension.load(tmp_path)[1])
 
 
 def test_a_missing_symbol_keeps_its_own_words(tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_a_missing_symbol_keeps_its_own_words(tmp_path: Path) -> None:
     folder_with(package, binary=None)
     sys.path.insert(0, str(tmp_path))
     try:
-        module, reason = library.load(package, "package._C")
+        module, reason = extension.load(package, "package._C")
     finally:
         sys.path.remove(str(tmp_path))
     assert module is None
@@ -81,8 +81,8 @@ def test_a_missing_symbol_keeps_its_own_words(tmp_path: Path) -> None:
 
 
 def test_without_the_extension_auto_goes_on_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "extension", None)
-    monkeypatch.setattr(library, "why_not_loaded", "the extension is not built: nobody cared")
+    monkeypatch.setattr(extension, "module", None)
+    monkeypatch.setattr(extension, "why_not_loaded", "the extension is not built: nobody cared")
     x, w = torch.randn(2, 5, 8), torch.randn(3, 8)
     with pytest.raises(BackendUnavailable, match=r"native.*cannot run here: the extension is not built: nobody cared"):
         ops.se_gate(x, w, w.T, backend="native")
@@ -90,9 +90,9 @@ def test_without_the_extension_auto_goes_on_and_says_why(monkeypatch: pytest.Mon
 
 
 def test_a_lesser_cpu_setting_keeps_it_closed() -> None:
-    if library.describe()["cpu_capability"] == "DEFAULT":
+    if extension.describe()["cpu_capability"] == "DEFAULT":
         pytest.skip("built for any CPU")
-    code = "from t2t_fast.native import library; print(library.why_not_loaded)"
+    code = "from t2t_fast.ops.common import extension; print(extension.why_not_loaded)"
     environment = {"ATEN_CPU_CAPABILITY": "default", "PATH": os.environ["PATH"]}
     done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
     assert "instructions, and this CPU is used with" in done.stdout, done.stderr

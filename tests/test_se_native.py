@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import t2t_fast
 from t2t_fast import BackendUnavailable, ops
 from t2t_fast.layers.block import Block
-from t2t_fast.native import library
+from t2t_fast.ops.common import extension
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
@@ -332,7 +332,7 @@ def test_a_block_adds_its_branch_in_the_gates_pass(block_type: str) -> None:
             remove()
     torch.testing.assert_close(results[0], results[1])
     assert not torch.allclose(results[0], layer.eval()(x))
-    assert t2t_fast.explain(layer, x).backends()[op] == {"native"}, library.why_not_loaded
+    assert t2t_fast.explain(layer, x).backends()[op] == {"native"}, extension.why_not_loaded
 
 
 @pytest.mark.parametrize("block_type", ["se", "se_mlp"])

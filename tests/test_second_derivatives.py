@@ -11,7 +11,7 @@ from small_models import FAMILIES, relative_error, seeded_images, small
 from torch import Tensor, nn
 
 from t2t_fast import ops
-from t2t_fast.native import library
+from t2t_fast.ops.common import extension
 
 every_family = pytest.mark.parametrize("name", FAMILIES.values(), ids=FAMILIES)
 
@@ -84,8 +84,8 @@ def second(function: Callable[..., Tensor], inputs: list[Tensor]) -> Tensor:
 
 @pytest.mark.parametrize(("op", "backend"), CASES)
 def test_hessian_vector_products_of_ops(op: str, backend: str) -> None:
-    if backend == "native" and library.extension is None:
-        pytest.skip(str(library.why_not_loaded))
+    if backend == "native" and extension.module is None:
+        pytest.skip(str(extension.why_not_loaded))
     function, shapes, _ = OPS[op]
     inputs = tensors(*shapes)
     want = second(lambda *t: function(*t, backend="reference"), inputs)

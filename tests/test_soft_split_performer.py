@@ -233,7 +233,7 @@ def test_reference_is_the_composition() -> None:
     tensors, _ = make("image")
     split = (*tensors[:5], (7, 7), (4, 4), (2, 2), None, 1e-5, False)
     layer = (*tensors[5:], 0.0, 0.0, 1e-8, 1e-5)
-    assert triton.can_run(split, layer) is None or not torch.cuda.is_available()
+    assert triton.why_not(split, layer) is None or not torch.cuda.is_available()
     want = reference.forward(split, layer)
     assert_close(triton.forward(split, layer), want, torch.float64, 200)
 

@@ -342,7 +342,7 @@ def test_refusals_say_why() -> None:
 def test_other_hardware_takes_the_library(
     device: str, target: tuple[str, int | str], reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from t2t_fast.triton import availability
+    from t2t_fast.ops.common import triton as availability
 
     monkeypatch.setattr(availability, "triton_is_interpreted", lambda: False)
     monkeypatch.setattr(availability, "_target", lambda device: target)

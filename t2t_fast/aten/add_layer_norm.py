@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..reference.se_gate import add_branch
+from ..ops.common.branch import add_branch
 from .layer_norm_linear import layer_norm
 
 

@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..numerics import no_autocast, product_dtype
-from ..reference import attention as reference
-from .autograd import (
+from ..ops.common.autograd import (
     backward_by_hand,
     differentiable_backward,
     is_transformed,
     wants_gradient,
     wants_hand_written_backward,
 )
+from ..reference import attention as reference
 
 _BLOCK = 1 << 20  # scores at a time: measured best of 2**18 to 2**22
 

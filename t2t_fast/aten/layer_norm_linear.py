@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops.common.autograd import is_transformed
 from . import linear
-from .autograd import is_transformed
 
 
 def forward(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
 from ..numerics import is_autocast, product_dtype
-from .autograd import in_dispatch_mode, is_exporting, is_transformed, may_overwrite, wants_gradient
+from ..ops.common.autograd import in_dispatch_mode, is_exporting, is_transformed, may_overwrite, wants_gradient
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..reference.se_gate import add_branch
+from ..ops.common.autograd import may_overwrite
+from ..ops.common.branch import add_branch
 from . import linear
-from .autograd import may_overwrite
 
 
 def forward(

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..numerics import compute_dtype, no_autocast
-from .autograd import (
+from ..ops.common.autograd import (
     backward_by_hand,
     differentiable_backward,
     is_exporting,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..numerics import compute_dtype, no_autocast
-from ..reference.se_gate import add_branch, gate
+from ..ops.common.branch import add_branch
+from ..reference.se_gate import gate
 
 
 def forward(

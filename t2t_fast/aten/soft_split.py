@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops.common.autograd import is_exporting
 from ..reference.soft_split import as_image
-from .autograd import is_exporting
 
 Pair = tuple[int, int]
 

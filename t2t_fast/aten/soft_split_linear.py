@@ -16,9 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..numerics import compute_dtype, ieee_float32, no_autocast, product_dtype
+from ..ops.common.autograd import (
+    add_to,
+    backward_by_hand,
+    differentiable_backward,
+    may_overwrite,
+    wants_hand_written_backward,
+)
 from ..reference.soft_split import as_image, window_grid
 from . import soft_split
-from .autograd import add_to, backward_by_hand, differentiable_backward, may_overwrite, wants_hand_written_backward
 
 Pair = tuple[int, int]
 

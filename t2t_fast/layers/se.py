@@ -10,7 +10,7 @@ from torch.types import Device
 
 from ..checks import factory_options
 from ..ops import se_gate, se_mlp
-from ..reference.se_gate import add_branch
+from ..ops.common.branch import add_branch
 from .plain import are_plain, dropout_rate, is_watched
 
 torch.fx.wrap("se_gate")

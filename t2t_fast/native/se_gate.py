@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..aten.autograd import differentiable_backward, in_dispatch_mode, wants_gradient
 from ..numerics import compute_dtype, no_autocast
+from ..ops.common import extension
+from ..ops.common.autograd import differentiable_backward, in_dispatch_mode, wants_gradient
 from ..reference import se_gate as reference
-from . import library
 
 
 def forward(
@@ -24,14 +24,14 @@ def forward(
         return with_residual(lambda r: torch.ops.t2t_fast.se_gate(x, *gate, r, scale)[0], x.dtype, residual)
 
 
-def can_run(
+def why_not(
     x: Tensor, w_reduce: Tensor, w_expand: Tensor, residual: Tensor | None, branch_scale: Tensor | None
 ) -> str | None:
     """None, or why not."""
-    return library.cannot_run(x, w_reduce, w_expand, residual, branch_scale)
+    return extension.why_not(x, w_reduce, w_expand, residual, branch_scale)
 
 
-def is_slower(
+def why_not_auto(
     x: Tensor, w_reduce: Tensor, w_expand: Tensor, residual: Tensor | None, branch_scale: Tensor | None
 ) -> str | None:
     """None, or why ``auto`` passes it over (measured: benchmarks/results/se-*.json)."""
@@ -39,7 +39,7 @@ def is_slower(
         return "a TorchDispatchMode knows library operations"
     if x.device.type != "cpu" or x.dtype in (torch.float16, torch.bfloat16):
         return None
-    if x.shape[0] < library.num_threads():
+    if x.shape[0] < extension.num_threads():
         return "fewer images than threads: the library's passes are as fast"
     if residual is None and not wants_gradient(x, w_reduce, w_expand):
         return "the gate alone, without gradients or a residual: the library's two passes are as fast"
@@ -104,7 +104,7 @@ def _differentiate(ctx: Any, grad: Tensor, *unused: Tensor | None) -> tuple[Tens
     return d_x, d_reduce, d_expand, grad if has_residual else None, d_scale if has_scale else None
 
 
-if library.extension is not None:
+if extension.module is not None:
     torch.library.register_fake("t2t_fast::se_gate", _fake)
     torch.library.register_fake("t2t_fast::se_gate_backward", _fake_backward)
     torch.library.register_autograd("t2t_fast::se_gate", _differentiate, setup_context=_keep)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..aten.autograd import differentiable_backward, in_dispatch_mode, wants_gradient
 from ..numerics import compute_dtype, no_autocast, product_dtype
+from ..ops.common import extension
+from ..ops.common.autograd import differentiable_backward, in_dispatch_mode, wants_gradient
 from ..reference import se_mlp as reference
-from . import library
 from .se_gate import output_like, with_residual
 
 
@@ -43,21 +43,21 @@ def forward(
         return with_residual(lambda r: torch.ops.t2t_fast.se_mlp(*tensors, r, scale, differentiate)[0], dtype, residual)
 
 
-def can_run(
+def why_not(
     x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor | None, fc2_weight: Tensor, *rest: Tensor | None
 ) -> str | None:
     """None, or why not."""
     for weight in (fc1_weight, fc2_weight):
         if product_dtype(x) == x.dtype != weight.dtype:
             return f"the input is {x.dtype}, a weight {weight.dtype}: outside autocast they must agree"
-    return library.cannot_run(x, fc1_weight, fc1_bias, fc2_weight, *rest)
+    return extension.why_not(x, fc1_weight, fc1_bias, fc2_weight, *rest)
 
 
-def is_slower(x: Tensor, *rest: Tensor | None) -> str | None:
+def why_not_auto(x: Tensor, *rest: Tensor | None) -> str | None:
     """None, or why ``auto`` passes it over (measured: benchmarks/results/se-*.json)."""
     if in_dispatch_mode():
         return "a TorchDispatchMode knows library operations"
-    if x.device.type == "cpu" and x.shape[0] < library.num_threads():
+    if x.device.type == "cpu" and x.shape[0] < extension.num_threads():
         return "fewer images than threads: the products are all that counts, and the library's are as fast"
     return None
 
@@ -145,7 +145,7 @@ def _flops_backward(grad: Tensor, *args: Any, **kwargs: Any) -> int:
     return 2 * _flops(*args)
 
 
-if library.extension is not None:
+if extension.module is not None:
     torch.library.register_fake("t2t_fast::se_mlp", _fake)
     torch.library.register_fake("t2t_fast::se_mlp_backward", _fake_backward)
     torch.library.register_autograd("t2t_fast::se_mlp", _differentiate, setup_context=_keep)

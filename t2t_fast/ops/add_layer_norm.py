@@ -10,14 +10,14 @@ from ..checks import check_epsilon, check_tensor
 from ..dispatch import Implementation, Op
 from ..reference import add_layer_norm as reference_add_layer_norm
 from ..triton import add_layer_norm as triton_add_layer_norm
+from .common.branch import check_branch
 from .layer_norm_linear import check_norm
-from .se_gate import check_branch
 
 _OP = Op(
     "add_layer_norm",
     (
         Implementation(
-            "triton", triton_add_layer_norm.forward, triton_add_layer_norm.can_run, triton_add_layer_norm.is_slower
+            "triton", triton_add_layer_norm.forward, triton_add_layer_norm.why_not, triton_add_layer_norm.why_not_auto
         ),
         Implementation("aten", aten_add_layer_norm.forward),
         Implementation("reference", reference_add_layer_norm.forward),

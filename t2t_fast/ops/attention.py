@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from ..aten import attention as aten_attention
-from ..aten.autograd import forward_mode, wants_gradient
 from ..checks import check_alike, check_probability, check_real, check_shape, check_tensor
 from ..dispatch import Implementation, Op
 from ..reference import attention as reference_attention
+from .common.autograd import forward_mode, wants_gradient
 
 
 def _aten_can_run(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> str | None:

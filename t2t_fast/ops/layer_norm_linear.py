@@ -17,8 +17,8 @@ _OP = Op(
         Implementation(
             "triton",
             triton_layer_norm_linear.forward,
-            triton_layer_norm_linear.can_run,
-            triton_layer_norm_linear.is_slower,
+            triton_layer_norm_linear.why_not,
+            triton_layer_norm_linear.why_not_auto,
         ),
         Implementation("aten", aten_layer_norm_linear.forward, detail=aten_layer_norm_linear.detail),
         Implementation("reference", reference_layer_norm_linear.forward),

@@ -14,7 +14,7 @@ from ..triton import linear as triton_linear
 _OP = Op(
     "linear",
     (
-        Implementation("triton", triton_linear.forward, triton_linear.can_run, triton_linear.is_slower),
+        Implementation("triton", triton_linear.forward, triton_linear.why_not, triton_linear.why_not_auto),
         Implementation("aten", aten_linear.forward, detail=aten_linear.detail),
         Implementation("reference", reference_linear.forward),
     ),

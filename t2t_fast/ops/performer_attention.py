@@ -16,8 +16,8 @@ _OP = Op(
         Implementation(
             "triton",
             triton_performer_attention.forward,
-            triton_performer_attention.can_run,
-            triton_performer_attention.is_slower,
+            triton_performer_attention.why_not,
+            triton_performer_attention.why_not_auto,
         ),
         Implementation("aten", aten_performer_attention.forward),
         Implementation("reference", reference_performer_attention.forward),

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from ..aten import se_gate as aten_se_gate
-from ..checks import check_alike, check_same_device, check_shape, check_tensor
+from ..checks import check_alike, check_shape, check_tensor
 from ..dispatch import Implementation, Op
 from ..native import se_gate as native_se_gate
 from ..reference import se_gate as reference_se_gate
+from .common.branch import check_branch
 
 _OP = Op(
     "se_gate",
     (
-        Implementation("native", native_se_gate.forward, native_se_gate.can_run, native_se_gate.is_slower),
+        Implementation("native", native_se_gate.forward, native_se_gate.why_not, native_se_gate.why_not_auto),
         Implementation("aten", aten_se_gate.forward),
         Implementation("reference", reference_se_gate.forward),
     ),
@@ -57,25 +56,6 @@ def se_gate(
     check_se_weights(x, x.shape[2], w_reduce, w_expand)
     check_branch("x", x, x.shape, residual, branch_scale)
     return _OP(backend, x, w_reduce, w_expand, residual, branch_scale)
-
-
-def check_branch(
-    name: str,
-    x: Tensor,
-    shape: Sequence[int],
-    residual: Tensor | None,
-    branch_scale: Tensor | None,
-    residual_name: str = "residual",
-) -> None:
-    """Raise unless the residual has the result's ``shape``, the scale a number per image, and both the device of ``x``.
-
-    ``name`` is what ``x`` is called.
-    """
-    if residual is not None:
-        check_shape(residual_name, residual, shape, "that of the result")
-    if branch_scale is not None:
-        check_shape("branch_scale", branch_scale, shape[:1], "(B,)")
-    check_same_device(name, x, (residual_name, residual), ("branch_scale", branch_scale))
 
 
 def check_se_weights(x: Tensor, channels: int, w_reduce: Tensor, w_expand: Tensor) -> None:

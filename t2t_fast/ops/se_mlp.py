@@ -8,13 +8,14 @@ from ..aten import se_mlp as aten_se_mlp
 from ..dispatch import Implementation, Op
 from ..native import se_mlp as native_se_mlp
 from ..reference import se_mlp as reference_se_mlp
+from .common.branch import check_branch
 from .mlp import check_mlp
-from .se_gate import check_branch, check_se_weights
+from .se_gate import check_se_weights
 
 _OP = Op(
     "se_mlp",
     (
-        Implementation("native", native_se_mlp.forward, native_se_mlp.can_run, native_se_mlp.is_slower),
+        Implementation("native", native_se_mlp.forward, native_se_mlp.why_not, native_se_mlp.why_not_auto),
         Implementation("aten", aten_se_mlp.forward),
         Implementation("reference", reference_se_mlp.forward),
     ),

@@ -17,7 +17,7 @@ Pair = tuple[int, int]
 _OP = Op(
     "soft_split",
     (
-        Implementation("triton", triton_soft_split.forward, triton_soft_split.can_run, triton_soft_split.is_slower),
+        Implementation("triton", triton_soft_split.forward, triton_soft_split.why_not, triton_soft_split.why_not_auto),
         Implementation("aten", aten_soft_split.forward),
         Implementation("reference", reference_soft_split.forward),
     ),

@@ -21,8 +21,8 @@ _OP = Op(
         Implementation(
             "triton",
             triton_soft_split_linear.forward,
-            triton_soft_split_linear.can_run,
-            triton_soft_split_linear.is_slower,
+            triton_soft_split_linear.why_not,
+            triton_soft_split_linear.why_not_auto,
         ),
         Implementation("aten", aten_soft_split_linear.forward),
         Implementation("reference", reference_soft_split_linear.forward),

@@ -20,8 +20,8 @@ _OP = Op(
         Implementation(
             "triton",
             triton_soft_split_performer.forward,
-            triton_soft_split_performer.can_run,
-            triton_soft_split_performer.is_slower,
+            triton_soft_split_performer.why_not,
+            triton_soft_split_performer.why_not_auto,
             triton_soft_split_performer.detail,
         ),
         Implementation("aten", aten_soft_split_performer.forward),

@@ -18,8 +18,8 @@ _OP = Op(
         Implementation(
             "triton",
             triton_token_performer.forward,
-            triton_token_performer.can_run,
-            triton_token_performer.is_slower,
+            triton_token_performer.why_not,
+            triton_token_performer.why_not_auto,
             triton_token_performer.detail,
         ),
         Implementation("aten", aten_token_performer.forward),

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .se_gate import add_branch
+from ..ops.common.branch import add_branch
+from ..ops.common.derivatives import standardize, standardize_backward
 
 
 def forward(
@@ -39,11 +39,9 @@ def backward(
         dz = gamma dn       ds = dt + rstd (dz - mean(dz) - z mean(z dz))       dx = ds       dy = scale ds
     """
     total = add_branch(y, x, branch_scale)
-    var, mean = torch.var_mean(total, dim=-1, correction=0, keepdim=True)
-    rstd = torch.rsqrt(var + eps)
-    z = (total - mean) * rstd
+    z, rstd = standardize(total, eps)
     dz = d_normed if norm_weight is None else d_normed * norm_weight
-    ds = d_total + rstd * (dz - dz.mean(-1, keepdim=True) - z * (z * dz).mean(-1, keepdim=True))
+    ds = d_total + standardize_backward(dz, z, rstd)
     return (
         ds,
         ds if branch_scale is None else ds * branch_scale[:, None, None],

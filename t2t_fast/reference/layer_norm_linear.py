@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops.common.derivatives import gelu_slope, standardize, standardize_backward
 from . import linear
 
 
@@ -41,18 +40,16 @@ def backward(
         da = dy gelu'(a)      dW = Σ da nᵀ      db = Σ da      dn = Wᵀ da      dgamma = Σ dn z      dbeta = Σ dn
         dz = gamma dn         dx = rstd (dz - mean(dz) - z mean(z dz))
     """
-    var, mean = torch.var_mean(x, dim=-1, correction=0, keepdim=True)
-    rstd = torch.rsqrt(var + eps)
-    z = (x - mean) * rstd
+    z, rstd = standardize(x, eps)
     n = z if norm_weight is None else z * norm_weight
     n = n if norm_bias is None else n + norm_bias
     if gelu:
         a = F.linear(n, weight, bias)
-        grad = grad * (torch.special.ndtr(a) + a * torch.exp(-a * a / 2) / math.sqrt(2 * math.pi))
+        grad = grad * gelu_slope(a)
     dn = grad @ weight
     dz = dn if norm_weight is None else dn * norm_weight
     return (
-        rstd * (dz - dz.mean(-1, keepdim=True) - z * (z * dz).mean(-1, keepdim=True)),
+        standardize_backward(dz, z, rstd),
         torch.einsum("bno,bnc->oc", grad, n),
         None if bias is None else grad.sum((0, 1)),
         None if norm_weight is None else (dn * z).sum((0, 1)),

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .se_gate import add_branch
+from ..ops.common.branch import add_branch
+from ..ops.common.derivatives import gelu_slope
 
 
 def forward(
@@ -33,10 +32,9 @@ def backward(
     fc2_weight: Tensor,
     fc2_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
-    """Gradients of the five tensors; ``gelu'(a) = Phi(a) + a exp(-a²/2) / sqrt(2 pi)``."""
+    """Gradients of the five tensors."""
     a = F.linear(x, fc1_weight, fc1_bias)
-    slope = torch.special.ndtr(a) + a * torch.exp(-a * a / 2) / math.sqrt(2 * math.pi)
-    da = (grad @ fc2_weight) * slope
+    da = (grad @ fc2_weight) * gelu_slope(a)
     d_fc1_weight = torch.einsum("bnh,bnc->hc", da, x)
     d_fc2_weight = torch.einsum("bnc,bnh->ch", grad, F.gelu(a))
     d_fc1_bias = None if fc1_bias is None else da.sum((0, 1))

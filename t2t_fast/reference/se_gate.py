@@ -7,18 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..numerics import compute_dtype, no_autocast
+from ..ops.common.branch import add_branch
 
 
 def gate(mean: Tensor, w_reduce: Tensor, w_expand: Tensor) -> Tensor:
     """``sigmoid(W_expand relu(W_reduce mean))`` for (B, C) in float32 or better."""
     return torch.sigmoid(F.linear(F.relu(F.linear(mean, w_reduce)), w_expand))
-
-
-def add_branch(y: Tensor, residual: Tensor | None, branch_scale: Tensor | None) -> Tensor:
-    """``residual + branch_scale * y``, either of which may be None; ``branch_scale`` is (B,)."""
-    if branch_scale is not None:
-        y = y * branch_scale.to(y.dtype)[:, None, None]
-    return y if residual is None else residual + y
 
 
 def forward(

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops.common.derivatives import standardize, standardize_backward
 from . import soft_split
 
 Pair = tuple[int, int]
@@ -57,12 +58,10 @@ def backward(
     if norm_weight is None:
         normed, du = u, d_normed
     else:
-        var, mean = torch.var_mean(u, dim=-1, correction=0, keepdim=True)
-        rstd = torch.rsqrt(var + eps)
-        z = (u - mean) * rstd
+        z, rstd = standardize(u, eps)
         normed = z * norm_weight if norm_bias is None else z * norm_weight + norm_bias
         dz = d_normed * norm_weight
-        du = rstd * (dz - dz.mean(-1, keepdim=True) - z * (z * dz).mean(-1, keepdim=True))
+        du = standardize_backward(dz, z, rstd)
         d_norm_weight = (d_normed * z).sum((0, 1))
         d_norm_bias = None if norm_bias is None else d_normed.sum((0, 1))
     d_weight = torch.einsum("blo,bln->on", grad, normed)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops.common.derivatives import gelu_slope, standardize, standardize_backward
 from . import performer_attention
 
 
@@ -64,15 +64,13 @@ def backward(
     k, q, v = kqv.chunk(3, dim=-1)
     attended = performer_attention.forward(k, q, v, w, eps)
     y = v + F.linear(attended, proj_weight, proj_bias)
-    var, mean = torch.var_mean(y, dim=-1, correction=0, keepdim=True)
-    rstd = torch.rsqrt(var + norm_eps)
-    z = (y - mean) * rstd
+    z, rstd = standardize(y, norm_eps)
     normed = z * norm_weight + norm_bias
     h = F.linear(normed, fc1_weight, fc1_bias)
-    dh = (grad @ fc2_weight) * (torch.special.ndtr(h) + h * torch.exp(-h * h / 2) / math.sqrt(2 * math.pi))
+    dh = (grad @ fc2_weight) * gelu_slope(h)
     d_normed = dh @ fc1_weight
     dz = d_normed * norm_weight
-    dy = grad + rstd * (dz - dz.mean(-1, keepdim=True) - z * (z * dz).mean(-1, keepdim=True))
+    dy = grad + standardize_backward(dz, z, rstd)
     dk, dq, dv, dw = performer_attention.backward(dy @ proj_weight, k, q, v, w, eps)
     return (
         torch.cat((dk, dq, dv + dy), dim=-1),

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..aten.autograd import differentiable_backward, wants_gradient
 from ..numerics import compute_dtype, no_autocast
-from .availability import cannot_run, slower, unmeasured
+from ..ops.common import triton as common
+from ..ops.common.autograd import differentiable_backward, wants_gradient
 
 
 def forward(
@@ -28,7 +28,7 @@ def forward(
     return total, normed
 
 
-def can_run(
+def why_not(
     x: Tensor,
     y: Tensor,
     norm_weight: Tensor | None,
@@ -39,7 +39,7 @@ def can_run(
     """None, or why not."""
     if branch_scale is not None and branch_scale.requires_grad:
         return "the kernel has no gradient for branch_scale"
-    reason = cannot_run(torch.promote_types(x.dtype, y.dtype), x, y, norm_weight, norm_bias, branch_scale)
+    reason = common.why_not(torch.promote_types(x.dtype, y.dtype), x, y, norm_weight, norm_bias, branch_scale)
     if reason is not None:
         return reason
     from ..kernels.add_layer_norm import MAX_CHANNELS
@@ -49,10 +49,10 @@ def can_run(
     return None
 
 
-def is_slower(x: Tensor, *rest: Any) -> str | None:
+def why_not_auto(x: Tensor, *rest: Any) -> str | None:
     """None, or why ``auto`` passes it over."""
     # No product: float32 is as good as TF32 here.
-    return slower(torch.float16, x) or unmeasured()
+    return common.why_not_auto(torch.float16, x) or common.why_not_measured()
 
 
 @torch.library.custom_op(

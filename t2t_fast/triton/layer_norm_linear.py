@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..aten.autograd import differentiable_backward, wants_gradient
 from ..aten.soft_split_linear import fold_norm
 from ..numerics import compute_dtype, no_autocast, product_dtype
+from ..ops.common import triton as common
+from ..ops.common.autograd import differentiable_backward, wants_gradient
 from ..reference.soft_split import as_image
-from .availability import cannot_run, slower, unmeasured
 from .soft_split_linear import backward_input, backward_weight, locate
 
 _WINDOW = ((1, 1), (1, 1), (0, 0))
@@ -47,16 +47,16 @@ def multiply(x: Tensor, weight: Tensor, offset: Tensor | None, norm: bool, eps: 
         return _layer_norm_linear(x, weight, offset, dtype, norm, eps, gelu, differentiate)[0]
 
 
-def can_run(
+def why_not(
     x: Tensor, weight: Tensor, bias: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None, *rest: Any
 ) -> str | None:
     """None, or why not."""
-    return cannot_run(product_dtype(x), x, weight, bias, norm_weight, norm_bias)
+    return common.why_not(product_dtype(x), x, weight, bias, norm_weight, norm_bias)
 
 
-def is_slower(x: Tensor, *rest: Any) -> str | None:
+def why_not_auto(x: Tensor, *rest: Any) -> str | None:
     """None, or why ``auto`` passes it over."""
-    return slower(product_dtype(x), x) or unmeasured()
+    return common.why_not_auto(product_dtype(x), x) or common.why_not_measured()
 
 
 @torch.library.custom_op(

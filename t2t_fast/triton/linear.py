@@ -15,11 +15,11 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) 
     return multiply(x, weight, bias, False, 0.0, gelu)
 
 
-def can_run(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> str | None:
+def why_not(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> str | None:
     """None, or why not."""
-    return layer_norm_linear.can_run(x, weight, bias, None, None)
+    return layer_norm_linear.why_not(x, weight, bias, None, None)
 
 
-def is_slower(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> str | None:
+def why_not_auto(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> str | None:
     """None, or why ``auto`` passes it over."""
-    return layer_norm_linear.is_slower(x) if gelu else "without GELU it is the library's product"
+    return layer_norm_linear.why_not_auto(x) if gelu else "without GELU it is the library's product"

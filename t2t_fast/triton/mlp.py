@@ -7,7 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..reference.se_gate import add_branch
+from ..ops.common.branch import add_branch
 from . import layer_norm_linear, linear
 
 
@@ -25,11 +25,11 @@ def forward(
     return add_branch(F.linear(hidden, fc2_weight, fc2_bias), residual, branch_scale)
 
 
-def can_run(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor | None, *rest: Any) -> str | None:
+def why_not(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor | None, *rest: Any) -> str | None:
     """None, or why not."""
-    return linear.can_run(x, fc1_weight, fc1_bias)
+    return linear.why_not(x, fc1_weight, fc1_bias)
 
 
-def is_slower(x: Tensor, *rest: Any) -> str | None:
+def why_not_auto(x: Tensor, *rest: Any) -> str | None:
     """None, or why ``auto`` passes it over."""
-    return layer_norm_linear.is_slower(x)
+    return layer_norm_linear.why_not_auto(x)

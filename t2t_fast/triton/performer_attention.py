@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..aten.autograd import differentiable_backward
 from ..numerics import compute_dtype
+from ..ops.common import triton as common
+from ..ops.common.autograd import differentiable_backward
 from ..reference import performer_attention as reference
-from .availability import cannot_run, slower
 
 # What the kernels hold whole in registers and shared memory.
 _LARGEST = 128
@@ -22,11 +22,11 @@ def forward(k: Tensor, q: Tensor, v: Tensor, w: Tensor, eps: float) -> Tensor:
     return _performer_attention(k, q, v, w, eps)[0]
 
 
-def can_run(k: Tensor, q: Tensor, v: Tensor, w: Tensor, eps: float) -> str | None:
+def why_not(k: Tensor, q: Tensor, v: Tensor, w: Tensor, eps: float) -> str | None:
     """None, or why not."""
     if {k.dtype, q.dtype} != {v.dtype}:
         return f"k, q and v are {k.dtype}, {q.dtype} and {v.dtype}; the kernels take one dtype"
-    return too_wide(w) or cannot_run(k.dtype, k, q, v, w)
+    return too_wide(w) or common.why_not(k.dtype, k, q, v, w)
 
 
 def too_wide(w: Tensor) -> str | None:
@@ -36,9 +36,9 @@ def too_wide(w: Tensor) -> str | None:
     return f"w is {w.shape[0]} x {w.shape[1]}; the kernels take up to {_LARGEST} features and channels"
 
 
-def is_slower(k: Tensor, *rest: Any) -> str | None:
+def why_not_auto(k: Tensor, *rest: Any) -> str | None:
     """None, or why ``auto`` passes it over."""
-    return slower(k.dtype, k)
+    return common.why_not_auto(k.dtype, k)
 
 
 @torch.library.custom_op(

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops.common import triton as common
 from ..reference.soft_split import as_image, window_grid
-from .availability import cannot_run, slower
 
 Pair = tuple[int, int]
 
@@ -21,14 +21,14 @@ def forward(x: Tensor, kernel_size: Pair, stride: Pair, padding: Pair, grid: Pai
     return _soft_split(as_image(x, grid), kernel_size, stride, padding)
 
 
-def can_run(x: Tensor, *geometry: Any) -> str | None:
+def why_not(x: Tensor, *geometry: Any) -> str | None:
     """None, or why not."""
-    return cannot_run(x.dtype, x)
+    return common.why_not(x.dtype, x)
 
 
-def is_slower(x: Tensor, *geometry: Any) -> str | None:
+def why_not_auto(x: Tensor, *geometry: Any) -> str | None:
     """None, or why ``auto`` passes it over: a copy is a copy in every dtype, so only in the interpreter."""
-    return slower(x.dtype, x) if x.device.type == "cpu" else None
+    return common.why_not_auto(x.dtype, x) if x.device.type == "cpu" else None
 
 
 @torch.library.custom_op("t2t_fast::soft_split", mutates_args=(), schema=f"(Tensor image, {_GEOMETRY}) -> Tensor")

@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..aten import soft_split
-from ..aten.autograd import differentiable_backward, wants_gradient
 from ..aten.soft_split_linear import fold_norm
 from ..numerics import compute_dtype, no_autocast, product_dtype
+from ..ops.common import triton as common
+from ..ops.common.autograd import differentiable_backward, wants_gradient
 from ..reference.soft_split import as_image, window_grid
-from .availability import cannot_run, slower
 
 Pair = tuple[int, int]
 
@@ -50,7 +50,7 @@ def forward(
         return _soft_split_linear(*tensors, dtype, kernel_size, stride, padding, norm, eps, differentiate)[0]
 
 
-def can_run(
+def why_not(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -59,12 +59,12 @@ def can_run(
     *geometry: Any,
 ) -> str | None:
     """None, or why not."""
-    return cannot_run(product_dtype(x), x, weight, bias, norm_weight, norm_bias)
+    return common.why_not(product_dtype(x), x, weight, bias, norm_weight, norm_bias)
 
 
-def is_slower(x: Tensor, *rest: Any) -> str | None:
+def why_not_auto(x: Tensor, *rest: Any) -> str | None:
     """None, or why ``auto`` passes it over."""
-    return slower(product_dtype(x), x)
+    return common.why_not_auto(product_dtype(x), x)
 
 
 @torch.library.custom_op(

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..aten.autograd import wants_gradient
 from ..aten.soft_split_linear import fold_norm
 from ..numerics import compute_dtype, no_autocast, product_dtype
+from ..ops.common.autograd import wants_gradient
 from ..reference.soft_split import as_image, window_grid
 from . import performer_attention, soft_split_linear, token_performer
 from .soft_split_linear import GEOMETRY, locate
@@ -53,16 +53,16 @@ def detail(split: tuple[Any, ...], layer: tuple[Any, ...]) -> str:
     return f"soft_split_linear, then token_performer: {reason}" if reason else "joined"
 
 
-def can_run(split: tuple[Any, ...], layer: tuple[Any, ...]) -> str | None:
+def why_not(split: tuple[Any, ...], layer: tuple[Any, ...]) -> str | None:
     """None, or why not."""
     x, w, proj_weight, *rest = split[0], *layer
-    reason = soft_split_linear.can_run(*split)
+    reason = soft_split_linear.why_not(*split)
     return reason or token_performer.cannot_run_layer(x, product_dtype(x), w, proj_weight, *rest)
 
 
-def is_slower(split: tuple[Any, ...], layer: tuple[Any, ...]) -> str | None:
+def why_not_auto(split: tuple[Any, ...], layer: tuple[Any, ...]) -> str | None:
     """None, or why ``auto`` passes it over."""
-    return soft_split_linear.is_slower(*split)
+    return soft_split_linear.why_not_auto(*split)
 
 
 @torch.library.custom_op(

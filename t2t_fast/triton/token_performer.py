@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..aten.autograd import differentiable_backward, wants_gradient
 from ..aten.soft_split_linear import fold_norm
 from ..aten.token_performer import forward_with_masks
 from ..numerics import compute_dtype, no_autocast, product_dtype
+from ..ops.common import triton as common
+from ..ops.common.autograd import differentiable_backward, wants_gradient
 from ..reference import token_performer as reference
 from . import performer_attention
-from .availability import cannot_run, slower
 
 # Widths up to which a token's row and all weights stay in registers.
 _WIDEST = 64
@@ -100,7 +100,7 @@ def draw_seed(x: Tensor) -> Tensor:
     return torch.randint(2**63 - 1, (1,), device=x.device)
 
 
-def can_run(kqv: Tensor, w: Tensor, proj_weight: Tensor, *rest: Any) -> str | None:
+def why_not(kqv: Tensor, w: Tensor, proj_weight: Tensor, *rest: Any) -> str | None:
     """None, or why not."""
     return cannot_run_layer(kqv, product_dtype(kqv), w, proj_weight, *rest)
 
@@ -108,12 +108,12 @@ def can_run(kqv: Tensor, w: Tensor, proj_weight: Tensor, *rest: Any) -> str | No
 def cannot_run_layer(x: Tensor, dtype: torch.dtype, w: Tensor, *rest: Any) -> str | None:
     """Why a layer of these arguments cannot run behind ``x``; None if it can."""
     tensors = (t for t in rest if isinstance(t, Tensor))
-    return performer_attention.too_wide(w) or cannot_run(dtype, x, w, *tensors)
+    return performer_attention.too_wide(w) or common.why_not(dtype, x, w, *tensors)
 
 
-def is_slower(kqv: Tensor, *rest: Any) -> str | None:
+def why_not_auto(kqv: Tensor, *rest: Any) -> str | None:
     """None, or why ``auto`` passes it over."""
-    return slower(product_dtype(kqv), kqv)
+    return common.why_not_auto(product_dtype(kqv), kqv)
 
 
 @torch.library.custom_op(

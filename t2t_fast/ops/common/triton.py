@@ -8,14 +8,14 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from ..aten.autograd import is_transformed
-from ..config import triton_is_interpreted
-from ..numerics import ieee_float32
+from ...config import triton_is_interpreted
+from ...numerics import ieee_float32
+from .autograd import is_transformed
 
 _OLDEST = 80  # compute capability times ten: bfloat16 and asynchronous copies
 
 
-def cannot_run(dtype: torch.dtype, x: Tensor, *others: Tensor | None) -> str | None:
+def why_not(dtype: torch.dtype, x: Tensor, *others: Tensor | None) -> str | None:
     """Why an op whose products are in ``dtype`` cannot run on ``x`` and ``others`` in Triton; None if it can."""
     if is_transformed():
         return "tracing, torch.func and forward-mode derivatives need library operations"
@@ -32,7 +32,7 @@ def cannot_run(dtype: torch.dtype, x: Tensor, *others: Tensor | None) -> str | N
     return None
 
 
-def slower(dtype: torch.dtype, x: Tensor) -> str | None:
+def why_not_auto(dtype: torch.dtype, x: Tensor) -> str | None:
     """Why ``auto`` does not take Triton for products in ``dtype`` although it could."""
     if x.device.type == "cpu":
         return "the interpreter is for tests"
@@ -43,7 +43,7 @@ def slower(dtype: torch.dtype, x: Tensor) -> str | None:
     return None
 
 
-def unmeasured() -> str:
+def why_not_measured() -> str:
     """Why ``auto`` leaves an op alone that has not been timed on a GPU, and may be slower there than the library."""
     return "it has not been measured on a GPU yet; ask for it by name"
 
@@ -65,8 +65,8 @@ def _device_reason(device: torch.device) -> str | None:
     if device.type == "cpu":
         if not triton_is_interpreted():
             return "the tensor is on the CPU; to test there, set TRITON_INTERPRET=1 before t2t_fast is imported"
-        from ..kernels.launch import is_interpreted
-        from ..kernels.soft_split import _soft_split_forward_kernel
+        from ...kernels.launch import is_interpreted
+        from ...kernels.soft_split import _soft_split_forward_kernel
 
         if not is_interpreted(_soft_split_forward_kernel):
             return "the tensor is on the CPU, and TRITON_INTERPRET=1 was set after the kernels were imported"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..numerics import no_autocast
+from ...numerics import no_autocast
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..aten.autograd import is_exporting, is_transformed
+from .autograd import is_exporting, is_transformed
 
 _BINARY = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
 _REPORT = str(Path(_BINARY).with_suffix(".json"))
@@ -33,7 +33,7 @@ def read_report(folder: Path) -> dict[str, Any]:
     return report if isinstance(report, dict) else {}
 
 
-def objection(report: dict[str, Any], folder: Path) -> str | None:
+def why_not_open(report: dict[str, Any], folder: Path) -> str | None:
     """Why the extension in ``folder`` must not be opened here, judged by the report of its build; None if it may."""
     if report and not report.get("built"):
         return f"the extension is not built: {report.get('reason')}{_HINT}"
@@ -53,7 +53,7 @@ def objection(report: dict[str, Any], folder: Path) -> str | None:
 
 def load(folder: Path, name: str = "t2t_fast._C") -> tuple[Any, str | None]:
     """The extension's module and None, or None and the reason why it cannot be loaded."""
-    reason = objection(read_report(folder), folder)
+    reason = why_not_open(read_report(folder), folder)
     if reason is not None:
         return None, reason
     try:
@@ -62,22 +62,22 @@ def load(folder: Path, name: str = "t2t_fast._C") -> tuple[Any, str | None]:
         return None, f"the extension could not be loaded: {type(error).__name__}: {error}{_HINT}"
 
 
-FOLDER = Path(__file__).resolve().parents[1]
-extension, why_not_loaded = load(FOLDER)
+FOLDER = Path(__file__).resolve().parents[2]
+module, why_not_loaded = load(FOLDER)
 
 
 def describe() -> dict[str, Any]:
     """The state of the extension for bug reports: ``built``, ``loaded``, the reasons, and what it was built with."""
     report = read_report(FOLDER)
-    state: dict[str, Any] = {"built": bool(report.get("built")), "loaded": extension is not None}
+    state: dict[str, Any] = {"built": bool(report.get("built")), "loaded": module is not None}
     if why_not_loaded is not None:
         state["reason"] = why_not_loaded
     if report.get("no_cuda"):
         state["no_cuda"] = report["no_cuda"]
-    return state | (extension.build_info() if extension is not None else {})
+    return state | (module.build_info() if module is not None else {})
 
 
-def cannot_run(x: Tensor, *others: Tensor | None) -> str | None:
+def why_not(x: Tensor, *others: Tensor | None) -> str | None:
     """Why the extension cannot run an op on ``x`` and ``others``; None if it can."""
     if is_transformed():
         return "tracing, torch.func and forward-mode derivatives need library operations"
@@ -100,7 +100,7 @@ def num_threads() -> int:
 
 @torch.compiler.assume_constant_result
 def _device_reason(device_type: str) -> str | None:
-    if extension is None:
+    if module is None:
         return why_not_loaded
     if device_type == "cuda" and torch.version.hip is not None:
         return "the extension's kernels are for NVIDIA GPUs, and this torch is built for ROCm"
@@ -113,4 +113,4 @@ def _device_reason(device_type: str) -> str | None:
 
 @functools.cache
 def _architectures() -> str:
-    return str(extension.build_info()["architectures"]) if extension is not None else ""
+    return str(module.build_info()["architectures"]) if module is not None else ""
