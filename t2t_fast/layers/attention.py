@@ -14,8 +14,7 @@ from ..dispatch import Decision, is_explaining, tell
 from ..ops import attention
 from ..reference.attention import scores, weigh
 from .mlp import apply_linear
-from .packed_linear import PackedLinear
-from .plain import are_plain, dropout_rate, is_watched
+from .plain import dropout_rate, is_watched
 from .se import SELayer
 
 torch.fx.wrap("attention")
@@ -74,26 +73,13 @@ class Attention(nn.Module):
         gated = type(self) is Attention and type(self.se_layer) is SELayer and not is_watched(self.se_layer)
         return gated and dropout_rate(self.proj_drop) == 0
 
-    @property
-    def takes_norm(self) -> bool:
-        """Whether the first product can apply the norm in front of it; see ``add_branch``."""
-        packed = type(self.qkv) is PackedLinear and not is_watched(self.qkv)
-        return type(self) is Attention and (packed or are_plain(self.qkv))
+    def forward(self, x: Tensor, residual: Tensor | None = None, branch_scale: Tensor | None = None) -> Tensor:
+        """``proj(attention(qkv(x)))`` and the gate if there is one: (B, N, C) to (B, N, C).
 
-    def forward(
-        self,
-        x: Tensor,
-        residual: Tensor | None = None,
-        branch_scale: Tensor | None = None,
-        norm: nn.LayerNorm | None = None,
-    ) -> Tensor:
-        """(B, N, C) to (B, N, C).
-
-        ``residual`` and ``branch_scale``, where it ``adds_residual``, are as for :func:`t2t_fast.ops.se_gate`; a plain
-        ``norm``, where it ``takes_norm``, is applied to ``x`` first.
+        ``residual`` and ``branch_scale``, where the module ``adds_residual``, are as for :func:`t2t_fast.ops.se_gate`.
         """
         # Chunks before heads: their gradients are put together where the projection's backward reads them.
-        q, k, v = apply_linear(x, self.qkv, self.backend, norm).chunk(3, dim=-1)
+        q, k, v = apply_linear(x, self.qkv, self.backend).chunk(3, dim=-1)
         q, k, v = self._split_heads(q), self._split_heads(k), self._split_heads(v)
         y = attend(q, k, v, self.scale, self.attn_drop, self.fused_attn, self.backend)
         y = apply_linear(y.transpose(1, 2).flatten(2), self.proj, self.backend)

@@ -10,12 +10,10 @@ from torch import Tensor, nn
 from torch.types import Device
 
 from ..aten.layer_norm_linear import layer_norm
-from ..checks import factory_options
-from ..ops import layer_norm_linear, linear, mlp
-from .packed_linear import PackedLinear
+from ..checks import check_alike, factory_options
+from ..ops import linear, mlp
 from .plain import are_plain, dropout_rate, is_watched
 
-torch.fx.wrap("layer_norm_linear")
 torch.fx.wrap("linear")
 torch.fx.wrap("mlp")
 
@@ -65,23 +63,14 @@ class Mlp(timm.layers.Mlp):
         return mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, **branch, backend=self.backend)
 
 
-def apply_linear(x: Tensor, module: Any, backend: str, norm: nn.LayerNorm | None = None) -> Tensor:
-    """``module(norm(x))``, through :func:`t2t_fast.ops.linear` or ``layer_norm_linear`` if that is the same.
-
-    ``norm`` must be plain; with it, so must ``module``, or a :class:`PackedLinear`.
-    """
-    if isinstance(module, PackedLinear):
-        return module(x) if norm is None else module(x, norm)
-    if norm is not None:
-        weights = (module.weight, module.bias, norm.weight, norm.bias)
-        return layer_norm_linear(x, *weights, eps=norm.eps, backend=backend)
-    if not are_plain(module):
-        return module(x)
-    return linear(x, module.weight, module.bias, backend=backend)
+def apply_linear(x: Tensor, module: Any, backend: str) -> Tensor:
+    """``module(x)``, through :func:`t2t_fast.ops.linear` if that is the same."""
+    return linear(x, module.weight, module.bias, backend=backend) if are_plain(module) else module(x)
 
 
 def apply_norm(x: Tensor, norm: Any) -> Tensor:
     """``norm(x)``, through :func:`t2t_fast.aten.layer_norm_linear.layer_norm` if that is the same."""
     if isinstance(x, Tensor) and are_plain(norm):  # a tracer's proxy is no Tensor
+        check_alike("x", x, ("the LayerNorm's weight", norm.weight))
         return layer_norm(x, norm.weight, norm.bias, norm.eps)
     return norm(x)
