@@ -19,7 +19,7 @@ LARGEST = 2**31 - 1  # of counts and sizes
 
 
 def factory_options(device: Device, dtype: torch.dtype | None) -> dict[str, Any]:
-    """Those of torch's factory arguments that are given, so that modules without them can be made, too.
+    """``device`` and ``dtype`` as keyword arguments, without those that are None: not every module takes them.
 
     Raises:
         TypeError: ``dtype`` is no floating-point dtype.
@@ -31,7 +31,7 @@ def factory_options(device: Device, dtype: torch.dtype | None) -> dict[str, Any]
 
 
 class UsageError(Exception):
-    """A command line asks for what cannot be done; the message is one line that says why and what can."""
+    """A command line asks for what cannot be done; the message is one line that says why, and what can be done."""
 
 
 def check_tensor(name: str, value: object, ndim: int | tuple[int, ...]) -> None:
@@ -69,7 +69,7 @@ def check_same_device(name: str, value: Tensor, *others: tuple[str, Tensor | Non
 def check_alike(name: str, value: Tensor, *others: tuple[str, Tensor | None]) -> None:
     """Raise unless the ``others``, pairs of name and tensor, have the device and the dtype of ``value``.
 
-    Under autocast the ops cast, to and from anything but float64.
+    Under autocast dtypes may differ, for the ops cast; but not from or to float64.
     """
     dtype, device = value.dtype, value.device
     for other_name, other in others:
@@ -115,7 +115,7 @@ def check_count(name: str, value: object, minimum: int) -> int:
 
 
 def as_integer(value: object) -> int | None:
-    """Anything with ``__index__`` (NumPy's integers, too) as a plain int, but for truth values: those give None.
+    """Anything with ``__index__`` (NumPy's integers, too) as a plain int; None for everything else, and for bools.
 
     Sizes that a graph leaves open stay what they are: ``torch.SymInt``, and tensors while ``torch.jit.trace`` runs.
     """

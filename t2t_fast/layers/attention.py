@@ -69,7 +69,7 @@ class Attention(nn.Module):
 
     @property
     def adds_residual(self) -> bool:
-        """Whether the gate comes last, so that its pass can add the residual; see ``add_branch``."""
+        """Whether the gate comes last, whose pass can add the residual; see ``add_branch``."""
         gated = type(self) is Attention and type(self.se_layer) is SELayer and not is_watched(self.se_layer)
         return gated and dropout_rate(self.proj_drop) == 0
 
@@ -93,11 +93,10 @@ class Attention(nn.Module):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, drop: Any, fused: bool, backend: str) -> Tensor:
-    """``drop(softmax(scale q kᵀ)) v``, (B, heads, N, D): through :func:`t2t_fast.ops.attention` if that is the same.
+    """``drop(softmax(scale q kᵀ)) v``, (B, heads, N, D), through :func:`t2t_fast.ops.attention` where possible.
 
-    Where somebody watches or has replaced ``drop``, it is called with the weights (B, heads, N, N), float32 or better,
-    and what it returns multiplies ``v``. So it is where timm's ``set_fused_attn(False)`` holds, or held when the layer
-    was made (``fused`` is false).
+    ``drop`` is called with the attention weights (B, heads, N, N), float32 or better, if it is hooked or replaced, and
+    if timm's fused attention is off, now (``set_fused_attn(False)``) or when the layer was made (``fused`` is false).
     """
     rate = dropout_rate(drop)
     if rate is not None and fused and use_fused_attn():

@@ -44,7 +44,7 @@ class Mlp(timm.layers.Mlp):
 
     @property
     def adds_residual(self) -> bool:
-        """Whether the op runs, which can add the residual; see ``add_branch``."""
+        """Whether :func:`t2t_fast.ops.mlp` runs, which can add the residual; see ``add_branch``."""
         if type(self) is not Mlp or not are_plain(self.fc1, self.act, self.fc2):
             return False
         dropouts = (self.drop1, self.drop2)
@@ -55,7 +55,7 @@ class Mlp(timm.layers.Mlp):
         )
 
     def forward(self, x: Tensor, residual: Tensor | None = None, branch_scale: Tensor | None = None) -> Tensor:
-        """(B, N, C) to (B, N, C); the last two, where it ``adds_residual``, as for :func:`t2t_fast.ops.mlp`."""
+        """(B, N, C) to (B, N, C); where the module ``adds_residual``, the others are as for the op."""
         if residual is None and not self.adds_residual:
             return super().forward(x)
         fc1, fc2 = self.fc1, self.fc2
