@@ -9,13 +9,10 @@ from .attention import attention
 from .layer_norm_linear import layer_norm_linear
 from .linear import linear
 from .mlp import mlp
-from .performer_attention import performer_attention
+from .performer import performer_attention, soft_split_performer, token_performer
 from .se_gate import se_gate
 from .se_mlp import se_mlp
-from .soft_split import soft_split
-from .soft_split_linear import soft_split_linear
-from .soft_split_performer import soft_split_performer
-from .token_performer import token_performer
+from .soft_split import soft_split, soft_split_linear
 
 __all__ = [
     "add_layer_norm",
