@@ -5,8 +5,6 @@ Forward gathers windows tile by tile, multiplies them by the centred weights W_c
 
     tokens = rstd(u) (W_c u) + offset
 
-A GELU may follow, for :mod:`t2t_fast.triton.layer_norm_linear`, where a window is a single token.
-
 The window is shifted by the mean of some of its own values first. That changes neither the product, since the rows of
 W_c sum to zero, nor the variance, and it keeps both exact where a patch hardly varies around a large mean: the
 variance of n values is at least (value - mean)² / n, so the difference of the two sums cannot cancel further than that.
@@ -57,7 +55,6 @@ def _soft_split_linear_forward_kernel(
     weight_ptr,
     offset_ptr,
     tokens_ptr,
-    plain_ptr,
     mean_ptr,
     rstd_ptr,
     num_tokens,
@@ -69,8 +66,6 @@ def _soft_split_linear_forward_kernel(
     SAMPLES: tl.constexpr,
     NORM: tl.constexpr,
     HAS_OFFSET: tl.constexpr,
-    GELU: tl.constexpr,
-    KEEP_PLAIN: tl.constexpr,
     KEEP_STATISTICS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
@@ -119,10 +114,6 @@ def _soft_split_linear_forward_kernel(
         products += tl.load(offset_ptr + offs_out, mask=mask_out, other=0.0).to(accumulator)[None, :]
     offs = offs_token.to(tl.int64)[:, None] * out_features + offs_out[None, :]
     mask = mask_token[:, None] & mask_out[None, :]
-    if GELU:
-        if KEEP_PLAIN:
-            tl.store(plain_ptr + offs, products.to(plain_ptr.dtype.element_ty), mask=mask)
-        products = 0.5 * products * (1.0 + tl.erf(products * 0.7071067811865476))
     tl.store(tokens_ptr + offs, products.to(tokens_ptr.dtype.element_ty), mask=mask)
 
 
@@ -344,13 +335,10 @@ def forward_launch(
     window: Window,
     norm: bool,
     eps: float,
-    gelu: bool = False,
-    plain: Tensor | None = None,
 ) -> Launch:
     """Fill ``tokens`` (B, L, out), contiguous, and ``statistics``, mean and rstd (B, L), if wanted.
 
-    ``weight`` comes from :func:`pack_weight`; with ``norm`` its rows sum to zero. With ``gelu`` the tokens go through
-    the exact GELU, and ``plain``, if given, gets them as they were before.
+    ``weight`` comes from :func:`pack_weight`; with ``norm`` its rows sum to zero.
     """
     num_tokens, out_features = image.shape[0] * view.grid_h * view.grid_w, weight.shape[0]
     config = configs.pick(configs.SOFT_SPLIT_LINEAR_FORWARD, image.device, weight.dtype, out=out_features)
@@ -359,15 +347,13 @@ def forward_launch(
         triton.cdiv(num_tokens, config.blocks["BLOCK_TOKENS"]),
         triton.cdiv(out_features, config.blocks["BLOCK_OUT"]),
     )
-    args = (image, weight, offset, tokens, plain, mean, rstd, num_tokens, out_features, weight.stride(0), view)
+    args = (image, weight, offset, tokens, mean, rstd, num_tokens, out_features, weight.stride(0), view)
     constants = {
         "WINDOW": window,
         "EPS": eps,
         "SAMPLES": SAMPLES,
         "NORM": norm,
         "HAS_OFFSET": offset is not None,
-        "GELU": gelu,
-        "KEEP_PLAIN": plain is not None,
         "KEEP_STATISTICS": statistics is not None,
         "PRECISION": precision(weight.dtype),
     }

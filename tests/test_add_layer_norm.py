@@ -6,10 +6,12 @@ import pytest
 import torch
 from helpers import assert_close, leaves, rounding_moves, skip_unless_possible
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import t2t_fast
 from t2t_fast import ops
 from t2t_fast.reference import add_layer_norm as reference
+from t2t_fast.triton.add_layer_norm import why_not_auto
 
 BACKENDS = ("reference", "aten", "triton")
 EPS = 1e-5
@@ -138,6 +140,25 @@ def test_what_the_kernel_refuses() -> None:
     scale = torch.ones(1, requires_grad=True)
     with pytest.raises(t2t_fast.BackendUnavailable, match="no gradient for branch_scale"):
         ops.add_layer_norm(x[..., :4], y[..., :4], None, None, branch_scale=scale, backend="triton")
+
+
+def test_auto_takes_the_kernel_where_memory_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    def reason(*shape: int, device: str = "cuda", x: torch.dtype = torch.bfloat16, y: torch.dtype | None = None) -> str:
+        with FakeTensorMode():
+            tensors = (torch.empty(shape, dtype=dtype, device=device) for dtype in (x, y or x))
+            return str(why_not_auto(*tensors, None, None, EPS))
+
+    large = (128, 197, 384)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        assert reason(*large, x=dtype) == "None"
+    assert reason(*large, x=torch.float32, y=torch.bfloat16) == "None"
+    assert reason(64, 128, 1024) == "None"  # 2**23 values
+    assert "8388480 values are fewer than 8388608" in reason(65535, 1, 128)
+    assert "float64 is left to the library" in reason(*large, x=torch.float64)
+    assert "float64 is left to the library" in reason(*large, x=torch.float32, y=torch.float64)
+    assert "interpreter" in reason(*large, device="cpu")
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert "torch.compile fuses" in reason(*large)
 
 
 def test_bad_input_is_named() -> None:

@@ -19,7 +19,6 @@ from t2t_fast.kernels import (
 )
 from t2t_fast.kernels.launch import Launch
 from t2t_fast.kernels.windows import View, Window, make_view, make_window
-from t2t_fast.reference.soft_split import as_image
 
 # The uses in t2t_vit_14 at 224 px: channels, side, kernel, stride, padding, out, as tokens, with a LayerNorm.
 USES = {
@@ -76,31 +75,9 @@ def shipped_launches(dtype: torch.dtype) -> Iterator[tuple[str, str, Launch, boo
 
 def block_launches(dtype: torch.dtype) -> Iterator[tuple[str, str, Launch, bool]]:
     """As :func:`shipped_launches`, of what the backbone's blocks can launch: T2T-ViT-14, 197 tokens of 384 channels."""
-    batch, tokens, dim, hidden = 8, 197, 384, 1152
-    rows, weight = (torch.empty(*shape, dtype=dtype, device="meta") for shape in ((batch, tokens, dim), (hidden, dim)))
-    wide, offset = rows.new_empty(batch, tokens, hidden), torch.empty(hidden, device="meta")
+    batch, tokens, dim = 8, 197, 384
+    rows = torch.empty(batch, tokens, dim, dtype=dtype, device="meta")
     statistics = torch.empty(batch, tokens, device="meta"), torch.empty(batch, tokens, device="meta")
-    image = as_image(rows, (1, tokens))
-    window = make_window(dim, (1, 1), (1, 1), (0, 0), True)
-    view = make_view(image, window)
-    for name, norm, plain in (("", True, None), (" without norm", False, None), (" training", True, wide)):
-        kept = None if plain is None else statistics
-        launch = soft_split_linear.forward_launch(
-            image, weight, offset, wide, kept, view, window, norm, 1e-5, True, plain
-        )
-        yield f"layer_norm_linear with gelu{name}", "197 tokens", launch, True
-    d_weight = torch.empty(4, hidden, dim, device="meta")
-    launch = soft_split_linear.backward_weight_launch(
-        wide, image, statistics, d_weight, d_weight[:, :, 0], dtype, view, window
-    )
-    yield "layer_norm_linear backward weight", "197 tokens", launch, True
-    triple = (*statistics, statistics[0])
-    yield (
-        "layer_norm_linear backward input",
-        "197 tokens",
-        soft_split_linear.backward_input_launch(wide, weight, image, triple, image, view, window),
-        True,
-    )
     vector, scale, splits = torch.empty(dim, device="meta"), torch.empty(batch, device="meta"), 4
     for name, factor, kept in (("", None, None), (" training", scale, statistics)):
         launch = add_layer_norm.forward_launch(rows, rows, factor, vector, vector, rows, rows, kept, 1e-5)

@@ -8,18 +8,11 @@ from ..aten import layer_norm_linear as aten_layer_norm_linear
 from ..checks import check_alike, check_epsilon, check_flag, check_shape, check_tensor
 from ..dispatch import Implementation, Op
 from ..reference import layer_norm_linear as reference_layer_norm_linear
-from ..triton import layer_norm_linear as triton_layer_norm_linear
 from .linear import check_linear
 
 _OP = Op(
     "layer_norm_linear",
     (
-        Implementation(
-            "triton",
-            triton_layer_norm_linear.forward,
-            triton_layer_norm_linear.why_not,
-            triton_layer_norm_linear.why_not_auto,
-        ),
         Implementation("aten", aten_layer_norm_linear.forward, detail=aten_layer_norm_linear.detail),
         Implementation("reference", reference_layer_norm_linear.forward),
     ),

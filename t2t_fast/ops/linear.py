@@ -9,12 +9,10 @@ from ..aten import linear as aten_linear
 from ..checks import check_alike, check_flag, check_shape, check_tensor
 from ..dispatch import Implementation, Op
 from ..reference import linear as reference_linear
-from ..triton import linear as triton_linear
 
 _OP = Op(
     "linear",
     (
-        Implementation("triton", triton_linear.forward, triton_linear.why_not, triton_linear.why_not_auto),
         Implementation("aten", aten_linear.forward, detail=aten_linear.detail),
         Implementation("reference", reference_linear.forward),
     ),

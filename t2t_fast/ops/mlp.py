@@ -9,14 +9,12 @@ from ..aten import mlp as aten_mlp
 from ..checks import check_tensor
 from ..dispatch import Implementation, Op
 from ..reference import mlp as reference_mlp
-from ..triton import mlp as triton_mlp
 from .common.branch import check_branch
 from .linear import check_linear
 
 _OP = Op(
     "mlp",
     (
-        Implementation("triton", triton_mlp.forward, triton_mlp.why_not, triton_mlp.why_not_auto),
         Implementation("aten", aten_mlp.forward, detail=aten_linear.detail),
         Implementation("reference", reference_mlp.forward),
     ),
