@@ -216,7 +216,7 @@ class _TokenPerformer(torch.autograd.Function):
             return differentiable_backward(lambda *args: _token_performer_flat(*args)[0], inputs, grad)
         layer = Layer(*tensors)
         _, _, _, _, *needed = ctx.needs_input_grad
-        needs = Layer(*needed)
+        needs: Any = Layer(*needed)
         k, q, v = kqv.chunk(3, dim=-1)
 
         # Products of one shape are written over each other's buffers as soon as those are used up.

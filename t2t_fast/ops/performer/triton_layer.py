@@ -20,9 +20,10 @@ from ...numerics import compute_dtype, no_autocast, product_dtype
 from ..common import triton as common
 from ..common.autograd import differentiable_backward, wants_gradient
 from ..soft_split import triton as soft_split
-from ..soft_split.aten import fold_norm
 from ..soft_split.arguments import Geometry, Norm, Pair, Split
+from ..soft_split.aten import fold_norm
 from ..soft_split.reference import as_image, window_grid
+from ..soft_split.triton import GEOMETRY
 from . import aten, reference
 from . import triton_attention as attention
 from .arguments import Layer, Options, Sums
@@ -290,6 +291,7 @@ def _masks(
         return _token_performer(torch.zeros_like(kqv), *layer, seed, dtype, *options)[0] if rate else None
 
     return aten.Masks(mask(options.proj_drop, proj_bias + 1, fc2_bias), mask(options.mlp_drop, proj_bias, fc2_bias + 1))
+
 
 _token_performer.register_autograd(_differentiate, setup_context=_keep)
 

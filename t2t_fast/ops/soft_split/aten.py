@@ -29,7 +29,10 @@ from .reference import as_image, window_grid
 
 
 def soft_split(x: Tensor, geometry: Geometry, grid: Pair | None) -> Tensor:
-    """Tokens (B, L, C*kh*kw), contiguous: one copy through a strided view, where unfold needs a copy and a transpose."""
+    """Tokens (B, L, C*kh*kw), contiguous.
+
+    One copy through a strided view of the windows, where unfold needs a copy and a transpose.
+    """
     kernel_size, stride, padding = geometry
     image = as_image(x, grid)
     if any(padding):
@@ -42,7 +45,8 @@ def soft_split(x: Tensor, geometry: Geometry, grid: Pair | None) -> Tensor:
 def _windows_along(x: Tensor, dim: int, size: int, step: int) -> Tensor:
     """``x.unfold(dim, size, step)``: the windows along ``dim``, their values in a new last dimension.
 
-    Traced and exported graphs get slices and copies: ONNX has no such view, and with open sizes its strides are unknown.
+    Traced graphs get slices, and exported ones a copy: ONNX has no such view, and nothing can be told of its strides
+    where sizes are open.
     """
     if torch.jit.is_tracing():
         span = (x.shape[dim] - size) // step * step + 1
@@ -169,9 +173,7 @@ def _cover(maps: Tensor, image: Tensor, geometry: Geometry) -> Tensor:
     return F.fold(columns, image.shape[2:], kernel_size, padding=padding, stride=stride)
 
 
-def window_statistics(
-    image: Tensor, geometry: Geometry, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def window_statistics(image: Tensor, geometry: Geometry, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Mean and 1/sqrt(variance + eps) of every window, and whether it varies at all, (B, 1, h, w) each.
 
     Zeros of the padding count. A window is constant if its values deviate by no more than the rounding of its mean.
@@ -196,9 +198,7 @@ def window_statistics(
     return mean.unsqueeze(1), torch.rsqrt(var + eps).unsqueeze(1), varied.unsqueeze(1)
 
 
-def _convolve(
-    image: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry
-) -> Tensor:
+def _convolve(image: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     if _convolves_in_tf32(image):
         return _multiply_windows(image, weight, bias, geometry)
     return F.conv2d(image, _kernel(weight, image, geometry), bias, geometry.stride, geometry.padding)
@@ -209,9 +209,7 @@ def _convolves_in_tf32(image: Tensor) -> bool:
     return image.is_cuda and product_dtype(image) == torch.float32 and ieee_float32()
 
 
-def _multiply_windows(
-    image: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry
-) -> Tensor:
+def _multiply_windows(image: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     """The convolution as a matrix product over the windows, (B, out, h, w) in channels-last order."""
     tokens = F.linear(soft_split(image, geometry, None), weight, bias)
     grid = window_grid(image.shape[2:], geometry)

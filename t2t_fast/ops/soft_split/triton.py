@@ -48,7 +48,7 @@ def _soft_split(image: Tensor, *geometry: Pair) -> Tensor:
     from ...kernels import soft_split as kernels
     from ...kernels.windows import make_view, make_window
 
-    window = make_window(image.shape[1], Geometry(*geometry), channels_last=False)
+    window = make_window(image.shape[1], *Geometry(*geometry), channels_last=False)
     view = make_view(image, window)
     tokens = image.new_empty(image.shape[0], view.grid_h * view.grid_w, window.num_features)
     kernels.forward_launch(image, tokens, view, window).run(image.device)
@@ -64,7 +64,7 @@ def _soft_split_backward(grad: Tensor, size: Sequence[int], channels_last: bool,
     from ...kernels import soft_split as kernels
     from ...kernels.windows import make_view, make_window
 
-    window = make_window(size[1], Geometry(*geometry), channels_last=False)
+    window = make_window(size[1], *Geometry(*geometry), channels_last=False)
     d_image = _empty_image(grad, size, channels_last)
     kernels.backward_launch(grad, d_image, make_view(d_image, window), window).run(grad.device)
     return d_image
@@ -118,9 +118,7 @@ def soft_split_linear(x: Tensor, weight: Tensor, bias: Tensor | None, split: Spl
             weight, offset = aten.fold_norm(weight, bias, norm, compute)
         tensors = (as_image(x, split.grid), weight, offset)
         eps = 0.0 if norm is None else norm.eps
-        return _soft_split_linear(
-            *tensors, dtype, norm is not None, eps, wants_gradient(*tensors), *split.geometry
-        )[0]
+        return _soft_split_linear(*tensors, dtype, norm is not None, eps, wants_gradient(*tensors), *split.geometry)[0]
 
 
 def why_not_soft_split_linear(x: Tensor, weight: Tensor, bias: Tensor | None, split: Split) -> str | None:
@@ -241,7 +239,7 @@ def lay_windows(image: Tensor, geometry: Geometry) -> tuple[Window, View]:
 
     # Neighbouring channels together where they lie together in memory, and are enough to be worth it.
     channels_last = image.stride(1) == 1 and image.shape[1] >= 16
-    window = make_window(image.shape[1], geometry, channels_last)
+    window = make_window(image.shape[1], *geometry, channels_last=channels_last)
     return window, make_view(image, window)
 
 
@@ -313,9 +311,7 @@ def _differentiate(ctx: Any, grad: Tensor, *unused: Tensor | None) -> tuple[Tens
         d_image = _backward_input(grad, *tensors, ctx.dtype, ctx.norm, *ctx.geometry)
     if wants_weight or wants_offset:
         has_offset = offset is not None
-        d_weight, d_offset = _backward_weight(
-            grad, image, mean, rstd, ctx.dtype, ctx.norm, has_offset, *ctx.geometry
-        )
+        d_weight, d_offset = _backward_weight(grad, image, mean, rstd, ctx.dtype, ctx.norm, has_offset, *ctx.geometry)
         d_weight, d_offset = d_weight.to(weight.dtype), d_offset.to(offset.dtype) if has_offset else None
     return d_image, d_weight, d_offset, *nothing
 
