@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..numerics import compute_dtype, product_dtype
+from ..ops.block.aten import affine_for, channels
 from ..ops.common.autograd import add_to, backward_by_hand, differentiable_backward, wants_hand_written_backward
 from ..reference import token_performer as reference
 from . import performer_attention
-from .layer_norm_linear import affine_for, channels
 from .performer_attention import attend_backward, attention_weights
 
 
