@@ -1,7 +1,7 @@
 """Soft split, LayerNorm and Linear as one implicit matrix product; tokens as long as a patch are never written.
 
 Forward gathers windows tile by tile, multiplies them by the centred weights W_c (the LayerNorm folded in, see
-:mod:`t2t_fast.ops.soft_split.aten`) and collects each window's mean and variance on the way::
+:mod:`t2t_fast.ops.soft_splits.aten`) and collects each window's mean and variance on the way::
 
     tokens = rstd(u) (W_c u) + offset
 

@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops.soft_split.arguments import Geometry
-from ..ops.soft_split.reference import window_grid
+from ..ops.soft_splits.arguments import Geometry
+from ..ops.soft_splits.reference import window_grid
 
 # Sizes that change with the batch: the kernels are compiled once for all of them.
 GROW_WITH_THE_BATCH = ("num_tokens", "num_pixels")

@@ -10,8 +10,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import t2t_fast
 from t2t_fast import ops
-from t2t_fast.reference import add_layer_norm as reference
-from t2t_fast.triton.add_layer_norm import why_not_auto
+from t2t_fast.ops.block import reference
+from t2t_fast.ops.block.arguments import Norm
+from t2t_fast.ops.block.triton import why_not_auto_add_layer_norm
 
 BACKENDS = ("reference", "aten", "triton")
 EPS = 1e-5
@@ -29,6 +30,18 @@ def formula(
     centred = s - s.mean(-1, keepdim=True)
     z = centred / (centred.square().mean(-1, keepdim=True) + EPS).sqrt()
     return s, (z if gamma is None else z * gamma) + (0 if beta is None else beta)
+
+
+def defined_backward(
+    d_total: Tensor,
+    d_normed: Tensor,
+    x: Tensor,
+    y: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    scale: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    return reference.add_layer_norm_backward(d_total, d_normed, x, y, Norm(gamma, beta, EPS), scale)
 
 
 @pytest.mark.usefixtures("poisoned", "on_device")
@@ -54,10 +67,8 @@ def test_forward_and_gradients(
         assert torch.equal(g, same)
         assert_close(g, w, dtype, shape[2], conditioning=moved)
     grads = [torch.randn(shape, dtype=dtype) for _ in range(2)]
-    wanted = reference.backward(*(g.double() for g in grads), *exact[:4], EPS, exact[4])
-    moves = rounding_moves(
-        lambda *t: reference.backward(*t[:6], EPS, t[6]), [*(g.double() for g in grads), *exact], dtype
-    )
+    given = [*(g.double() for g in grads), *exact]
+    wanted, moves = defined_backward(*given), rounding_moves(defined_backward, given, dtype)
     found = iter(torch.autograd.grad(got, [t for t in inputs if t is not None], grads))
     for t, w, moved in zip(inputs, wanted, moves, strict=True):
         if t is not None:
@@ -146,7 +157,7 @@ def test_auto_takes_the_kernel_where_memory_decides(monkeypatch: pytest.MonkeyPa
     def reason(*shape: int, device: str = "cuda", x: torch.dtype = torch.bfloat16, y: torch.dtype | None = None) -> str:
         with FakeTensorMode():
             tensors = (torch.empty(shape, dtype=dtype, device=device) for dtype in (x, y or x))
-            return str(why_not_auto(*tensors, None, None, EPS))
+            return str(why_not_auto_add_layer_norm(*tensors, Norm(None, None, EPS), None))
 
     large = (128, 197, 384)
     for dtype in (torch.float16, torch.bfloat16, torch.float32):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 import t2t_fast
 from t2t_fast.layers.block import BLOCK_TYPES, Block
+from t2t_fast.ops.block import op
 
 KINDS = [kind for kind in BLOCK_TYPES if kind != "dense"]
 
@@ -47,12 +47,11 @@ def test_a_standard_block_joins_its_norms() -> None:
 @pytest.fixture
 def kernels_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """``auto`` takes the kernel between the blocks' branches, in the interpreter too."""
-    module = importlib.import_module("t2t_fast.ops.add_layer_norm")
-    willing = [
+    willing = tuple(
         dataclasses.replace(i, why_not_auto=lambda *args: None) if i.backend == "triton" else i
-        for i in module._OP.implementations
-    ]
-    monkeypatch.setattr(module, "_OP", dataclasses.replace(module._OP, implementations=tuple(willing)))
+        for i in op._ADD_LAYER_NORM.implementations
+    )
+    monkeypatch.setattr(op, "_ADD_LAYER_NORM", dataclasses.replace(op._ADD_LAYER_NORM, implementations=willing))
 
 
 @pytest.mark.usefixtures("kernels_in_blocks", "poisoned", "on_device")

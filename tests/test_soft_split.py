@@ -9,8 +9,8 @@ from helpers import gradients, hand_written, leaves, skip_unless_possible
 from torch import Tensor
 
 from t2t_fast import BackendUnavailable, ops
-from t2t_fast.ops.soft_split import output_grid, reference
-from t2t_fast.ops.soft_split.arguments import Geometry
+from t2t_fast.ops.soft_splits import output_grid, reference
+from t2t_fast.ops.soft_splits.arguments import Geometry
 
 pytestmark = pytest.mark.usefixtures("on_device", "poisoned")
 

@@ -18,7 +18,7 @@ from t2t_fast.kernels.windows import make_view, make_window
 from t2t_fast.layers import TokensToToken
 from t2t_fast.ops.performer import reference, triton_layer
 from t2t_fast.ops.performer.arguments import Layer, Options
-from t2t_fast.ops.soft_split.arguments import Geometry, Norm, Split
+from t2t_fast.ops.soft_splits.arguments import Geometry, Norm, Split
 
 pytestmark = pytest.mark.usefixtures("on_device", "poisoned")
 

@@ -12,7 +12,7 @@ from torch.types import Device
 from ..checks import as_integer, check_real, factory_options
 from ..dispatch import Decision, is_explaining, tell
 from ..ops import attention
-from ..reference.attention import scores, weigh
+from ..ops.softmax_attention.reference import scores, weigh
 from .mlp import apply_linear
 from .packed_linear import PackedLinear
 from .plain import are_plain, dropout_rate, is_watched

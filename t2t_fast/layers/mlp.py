@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.types import Device
 
-from ..aten.layer_norm_linear import layer_norm
 from ..checks import factory_options
 from ..ops import layer_norm_linear, linear, mlp
+from ..ops.block.aten import layer_norm
 from .packed_linear import PackedLinear
 from .plain import are_plain, dropout_rate, is_watched
 
@@ -81,7 +81,7 @@ def apply_linear(x: Tensor, module: Any, backend: str, norm: nn.LayerNorm | None
 
 
 def apply_norm(x: Tensor, norm: Any) -> Tensor:
-    """``norm(x)``, through :func:`t2t_fast.aten.layer_norm_linear.layer_norm` if that is the same."""
+    """``norm(x)``, through :func:`t2t_fast.ops.block.aten.layer_norm` if that is the same."""
     if isinstance(x, Tensor) and are_plain(norm):  # a tracer's proxy is no Tensor
         return layer_norm(x, norm.weight, norm.bias, norm.eps)
     return norm(x)

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...aten.layer_norm_linear import affine_for, channels
 from ...numerics import compute_dtype, no_autocast, product_dtype
+from ..block.aten import affine_for, channels
 from ..common.autograd import (
     add_to,
     backward_by_hand,
@@ -24,8 +24,8 @@ from ..common.autograd import (
     may_overwrite,
     wants_hand_written_backward,
 )
-from ..soft_split import aten as soft_split
-from ..soft_split.arguments import Split
+from ..soft_splits import aten as soft_split
+from ..soft_splits.arguments import Split
 from . import reference
 from .arguments import Layer, Options
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ...checks import check_alike, check_epsilon, check_probability, check_shape, check_tensor
 from ...dispatch import Implementation, Op
-from ..soft_split.arguments import Norm
-from ..soft_split.op import Names, check_geometry, check_split
+from ..soft_splits.arguments import Norm
+from ..soft_splits.op import Names, check_geometry, check_split
 from . import aten, reference, triton_attention, triton_layer
 from .arguments import Layer, Options
 

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ...numerics import compute_dtype, no_autocast
 from ..common.derivatives import gelu_slope, standardize, standardize_backward
-from ..soft_split import reference as soft_split
-from ..soft_split.arguments import Split
+from ..soft_splits import reference as soft_split
+from ..soft_splits.arguments import Split
 from .arguments import Layer, Options
 
 

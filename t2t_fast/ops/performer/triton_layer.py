@@ -19,11 +19,11 @@ from torch.utils.flop_counter import register_flop_formula
 from ...numerics import compute_dtype, no_autocast, product_dtype
 from ..common import triton as common
 from ..common.autograd import differentiable_backward, wants_gradient
-from ..soft_split import triton as soft_split
-from ..soft_split.arguments import Geometry, Norm, Pair, Split
-from ..soft_split.aten import fold_norm
-from ..soft_split.reference import as_image, window_grid
-from ..soft_split.triton import GEOMETRY
+from ..soft_splits import triton as soft_split
+from ..soft_splits.arguments import Geometry, Norm, Pair, Split
+from ..soft_splits.aten import fold_norm
+from ..soft_splits.reference import as_image, window_grid
+from ..soft_splits.triton import GEOMETRY
 from . import aten, reference
 from . import triton_attention as attention
 from .arguments import Layer, Options, Sums

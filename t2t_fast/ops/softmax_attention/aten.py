@@ -12,20 +12,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..numerics import no_autocast, product_dtype
-from ..ops.common.autograd import (
+from ...numerics import no_autocast, product_dtype
+from ..common.autograd import (
     backward_by_hand,
     differentiable_backward,
+    forward_mode,
     is_transformed,
     wants_gradient,
     wants_hand_written_backward,
 )
-from ..reference import attention as reference
+from . import reference
 
 _BLOCK = 1 << 20  # scores at a time: measured best of 2**18 to 2**22
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float) -> Tensor:
     """(B, heads, N, D) each; returns the same shape."""
     if dropout_p == 0 and _in_blocks(q):
         dtype = product_dtype(q)
@@ -36,6 +37,17 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float) -> 
     if dropout_p == 0 and wants_hand_written_backward(q, k, v):
         return _TwiceDifferentiable.apply(y, q, k, v, scale)
     return y
+
+
+def why_not_attention(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> str | None:
+    """None, or why it cannot run."""
+    if torch.compiler.is_compiling():
+        return None
+    if forward_mode():
+        return "scaled_dot_product_attention has no forward-mode derivative"
+    if torch._C._are_functorch_transforms_active() and wants_gradient(q, k, v):
+        return "scaled_dot_product_attention has no second derivative and no batched gradient for torch.func"
+    return None
 
 
 class _TwiceDifferentiable(torch.autograd.Function):
@@ -51,7 +63,13 @@ class _TwiceDifferentiable(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if not torch.is_grad_enabled():
             return grad, None, None, None, None
-        return None, *differentiable_backward(reference.forward, (*ctx.saved_tensors, ctx.scale, 0.0), grad)[:4]
+        return None, *_differentiable_gradients(grad, ctx.scale, *ctx.saved_tensors)
+
+
+def _differentiable_gradients(grad: Tensor, scale: float, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor | None, ...]:
+    """Those of (q, k, v), by the reference, and None for the scale."""
+    dq, dk, dv, *_ = differentiable_backward(reference.attention, (q, k, v, scale, 0.0), grad)
+    return dq, dk, dv, None
 
 
 def _in_blocks(q: Tensor) -> bool:
@@ -103,7 +121,7 @@ class _Blocks(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return differentiable_backward(reference.forward, (q, k, v, ctx.scale, 0.0), grad)[:4]
+            return _differentiable_gradients(grad, ctx.scale, q, k, v)
         return *_backward_by_blocks(grad, q, k, v, out, ctx.scale), None
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..numerics import compute_dtype, no_autocast, product_dtype
+from ...numerics import compute_dtype, no_autocast, product_dtype
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float) -> Tensor:
     """``dropout(softmax(scale q kᵀ)) v`` for (B, heads, N, D) each, computed in float32 or better."""
     return weigh(F.dropout(scores(q, k, scale).softmax(dim=-1), dropout_p), v)
 
@@ -28,7 +28,7 @@ def weigh(attn: Tensor, v: Tensor) -> Tensor:
     return y.to(product_dtype(v))
 
 
-def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of (q, k, v) without dropout.
 
     With P = softmax(scale q kᵀ): ``dv = Pᵀ dy``, ``dP = dy vᵀ``, ``dS = scale P (dP - Σ_j P dP)``,

@@ -1,7 +1,10 @@
-"""A Linear through oneDNN for float32 on x86 CPUs, forward and backward, and through ``F.linear`` everywhere else.
+"""Linears through oneDNN for float32 on x86 CPUs, forward and backward, and through ``F.linear`` everywhere else.
 
-PyTorch gives float32 products to MKL, which took twice oneDNN's time on one AMD CPU and 1.15 times on another, the
+PyTorch gives float32 matmuls to MKL, which took twice oneDNN's time on one AMD CPU and 1.15 times on another, the
 only kinds it was measured on. oneDNN's operator is the one that torch.compile's CPU backend uses.
+
+Where no gradient is wanted, GELU and the residual's sum work in place: on a CPU a large tensor costs more to get from
+the system than to compute.
 """
 
 from __future__ import annotations
@@ -14,11 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
-from ..numerics import is_autocast, product_dtype
-from ..ops.common.autograd import in_dispatch_mode, is_exporting, is_transformed, may_overwrite, wants_gradient
+from ...numerics import is_autocast, product_dtype
+from ..common.autograd import in_dispatch_mode, is_exporting, is_transformed, may_overwrite, wants_gradient
+from ..common.branch import Branch, add_branch
+from .arguments import MlpWeights, Norm
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
     """(..., C) to (..., out)."""
     if not why_not_onednn(x, weight, bias):
         if gelu and wants_gradient(x, weight, bias):
@@ -30,10 +35,53 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) 
     return torch.ops.aten.gelu_(y) if may_overwrite(y) else F.gelu(y)
 
 
-def detail(x: Tensor, weight: Tensor, bias: Tensor | None = None, *rest: Any) -> str:
+def describe_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> str:
     """Which library multiplies, and why."""
     reason = why_not_onednn(x, weight, bias)
     return f"torch.nn.functional.linear: {reason}" if reason else "oneDNN"
+
+
+def mlp(x: Tensor, weights: MlpWeights, branch: Branch) -> Tensor:
+    """(B, N, C) to (B, N, out), without a second hidden layer."""
+    hidden = linear(x, weights.fc1_weight, weights.fc1_bias, gelu=True)
+    y, residual = linear(hidden, weights.fc2_weight, weights.fc2_bias), branch.residual
+    if residual is None or branch.scale is not None or not may_overwrite(y, residual):
+        return add_branch(y, branch)
+    return y.add_(residual) if torch.promote_types(y.dtype, residual.dtype) == y.dtype else residual + y
+
+
+def describe_mlp(x: Tensor, weights: MlpWeights, branch: Branch) -> str:
+    """Which library multiplies, and why."""
+    return describe_linear(x, weights.fc1_weight, weights.fc1_bias)
+
+
+def layer_norm_linear(x: Tensor, weight: Tensor, bias: Tensor | None, norm: Norm, gelu: bool = False) -> Tensor:
+    """(B, N, C) to (B, N, out)."""
+    return linear(layer_norm(x, *norm), weight, bias, gelu)
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """LayerNorm over the channels. A frozen model's has no weights, and torch's CPU kernel takes twice as long then."""
+    return F.layer_norm(x, channels(x), *affine_for(x, weight, bias), eps)
+
+
+def channels(x: Tensor) -> tuple[int]:
+    """The shape that a LayerNorm over the channels has; a constant, too, where a tracer makes tensors of sizes."""
+    return (int(x.shape[-1]) if torch.jit.is_tracing() else x.shape[-1],)
+
+
+def affine_for(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """What to pass for weights that may be missing."""
+    missing = weight is None and bias is None and x.device.type == "cpu" and x.dtype == torch.float32
+    if missing and not (torch.compiler.is_compiling() or is_transformed()):
+        return x.new_ones(x.shape[-1]), x.new_zeros(x.shape[-1])
+    return weight, bias
+
+
+def add_layer_norm(x: Tensor, y: Tensor, norm: Norm, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``x + scale * y`` and its LayerNorm, both (B, N, C) in the dtype of the sum."""
+    total = add_branch(y, Branch(x, scale))
+    return total, layer_norm(total, *norm).to(total.dtype)
 
 
 def why_not_onednn(x: Tensor, *weights: Tensor | None) -> str | None:
@@ -97,12 +145,12 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:3])
-    ctx.gelu = inputs[3]
+def _keep_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.gelu = inputs
+    ctx.save_for_backward(*tensors)
 
 
-def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate_linear(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias = ctx.saved_tensors
     if ctx.gelu:
         grad = torch.ops.aten.gelu_backward(grad, _linear(x, weight, bias, False))
@@ -124,11 +172,11 @@ def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     return gradient.flatten(1)
 
 
-_linear.register_autograd(_differentiate, setup_context=_keep)
+_linear.register_autograd(_differentiate_linear, setup_context=_keep_linear)
 
 
 @register_flop_formula(torch.ops.t2t_fast.linear)
-def _flops(x: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
+def _flops_of_linear(x: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
     rows = 1
     for size in x[:-1]:
         rows *= size

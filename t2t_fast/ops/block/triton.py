@@ -1,4 +1,4 @@
-"""A residual branch's sum and its LayerNorm as ``torch.ops.t2t_fast.add_layer_norm``."""
+"""The sum that ends a residual branch, and its LayerNorm, as ``torch.ops.t2t_fast.add_layer_norm``."""
 
 from __future__ import annotations
 
@@ -8,50 +8,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..numerics import compute_dtype, no_autocast
-from ..ops.common import triton as common
-from ..ops.common.autograd import differentiable_backward, wants_gradient
+from ...numerics import compute_dtype, no_autocast
+from ..common import triton as common
+from ..common.autograd import differentiable_backward, wants_gradient
+from .arguments import Norm
 
 SMALLEST = 2**23  # values (B, N, C); below, an eager run waits for launches, not for memory
 
 
-def forward(
-    x: Tensor,
-    y: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    branch_scale: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def add_layer_norm(x: Tensor, y: Tensor, norm: Norm, scale: Tensor | None) -> tuple[Tensor, Tensor]:
     """The sum and its LayerNorm, (B, N, C); see :func:`t2t_fast.ops.add_layer_norm`."""
-    differentiate = wants_gradient(x, y, norm_weight, norm_bias)
+    differentiate = wants_gradient(x, y, norm.weight, norm.bias)
     with no_autocast(x):
-        total, normed, *_ = _add_layer_norm(x, y, norm_weight, norm_bias, branch_scale, eps, differentiate)
+        total, normed, *_ = _add_layer_norm(x, y, norm.weight, norm.bias, scale, norm.eps, differentiate)
     return total, normed
 
 
-def why_not(
-    x: Tensor,
-    y: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    branch_scale: Tensor | None = None,
-) -> str | None:
-    """None, or why not."""
-    if branch_scale is not None and branch_scale.requires_grad:
+def why_not_add_layer_norm(x: Tensor, y: Tensor, norm: Norm, scale: Tensor | None) -> str | None:
+    """None, or why it cannot run."""
+    if scale is not None and scale.requires_grad:
         return "the kernel has no gradient for branch_scale"
-    reason = common.why_not(torch.promote_types(x.dtype, y.dtype), x, y, norm_weight, norm_bias, branch_scale)
+    reason = common.why_not(torch.promote_types(x.dtype, y.dtype), x, y, norm.weight, norm.bias, scale)
     if reason is not None:
         return reason
-    from ..kernels.add_layer_norm import MAX_CHANNELS
+    from ...kernels.add_layer_norm import MAX_CHANNELS
 
     if x.shape[2] > MAX_CHANNELS:
         return f"{x.shape[2]} channels are more than the kernel's {MAX_CHANNELS}"
     return None
 
 
-def why_not_auto(x: Tensor, y: Tensor, *rest: Any) -> str | None:
+def why_not_auto_add_layer_norm(x: Tensor, y: Tensor, norm: Norm, scale: Tensor | None) -> str | None:
     """None, or why ``auto`` passes it over: by counting, for the kernel is bound by memory and unmeasured.
 
     Forward moves (B, N, C) four times where the library's sum and norm move it five times. Backward moves it four
@@ -84,7 +71,7 @@ def _add_layer_norm(
     differentiate: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Sum and normed sum (B, N, C), and each token's mean and rstd (B, N): empty unless they will be needed."""
-    from ..kernels import add_layer_norm as kernels
+    from ...kernels import add_layer_norm as kernels
 
     total, normed, mean, rstd = _outputs(x, y, differentiate)
     weight, bias, scale = (None if t is None else t.contiguous() for t in (weight, bias, scale))
@@ -104,8 +91,16 @@ def _outputs(x: Tensor, y: Tensor, differentiate: bool) -> tuple[Tensor, Tensor,
 
 
 @_add_layer_norm.register_fake
-def _(x: Tensor, y: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _outputs(x, y, rest[-1])
+def _(
+    x: Tensor,
+    y: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    eps: float,
+    differentiate: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _outputs(x, y, differentiate)
 
 
 @torch.library.custom_op(
@@ -127,7 +122,7 @@ def _backward(
     has_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x; of y, empty where it is that of x; of the LayerNorm's weight and bias in float32 or better."""
-    from ..kernels import add_layer_norm as kernels
+    from ...kernels import add_layer_norm as kernels
 
     splits, channels = kernels.num_splits(total), total.shape[2]
     dx, dy, d_weight, d_bias = _gradients(total, mean, weight, scale, x_dtype, y_dtype, has_bias)

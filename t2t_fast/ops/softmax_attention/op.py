@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from ..aten import attention as aten_attention
-from ..checks import check_alike, check_probability, check_real, check_shape, check_tensor
-from ..dispatch import Implementation, Op
-from ..reference import attention as reference_attention
-from .common.autograd import forward_mode, wants_gradient
+from ...checks import check_alike, check_probability, check_real, check_shape, check_tensor
+from ...dispatch import Implementation, Op
+from . import aten, reference
 
-
-def _aten_can_run(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> str | None:
-    if torch.compiler.is_compiling():
-        return None
-    if forward_mode():
-        return "scaled_dot_product_attention has no forward-mode derivative"
-    if torch._C._are_functorch_transforms_active() and wants_gradient(q, k, v):
-        return "scaled_dot_product_attention has no second derivative and no batched gradient for torch.func"
-    return None
-
-
-_OP = Op(
+_ATTENTION = Op(
     "attention",
     (
-        Implementation("aten", aten_attention.forward, _aten_can_run),
-        Implementation("reference", reference_attention.forward),
+        Implementation("aten", aten.attention, aten.why_not_attention),
+        Implementation("reference", reference.attention),
     ),
 )
 
@@ -57,4 +43,4 @@ def attention(
     check_shape("v", v, q.shape, "the shape of q")
     check_alike("q", q, ("k", k), ("v", v))
     check_probability("dropout_p", dropout_p)
-    return _OP(backend, q, k, v, check_real("scale", scale), dropout_p)
+    return _ATTENTION(backend, q, k, v, check_real("scale", scale), dropout_p)
