@@ -314,7 +314,7 @@ def test_weights_beyond_the_dtype() -> None:
 def test_explain_tells_of_a_frozen_model(dtype: torch.dtype) -> None:
     frozen, images = t2t_fast.freeze(small("t2t_vit_7"), dtype), seeded_images(2, 32, 32)
     told = t2t_fast.explain(frozen, images)
-    assert told.backends()["linear"] == told.backends()["layer_norm_linear"] == {"aten"}
+    assert told.backends()["linear"] == told.backends()["attention"] == {"aten"}
     if not why_not_packed(images.to(dtype), torch.zeros(1, dtype=dtype)):
         assert "oneDNN, packed weights" in str(told)
     with t2t_fast.use_backend("reference"):

@@ -98,7 +98,7 @@ def test_strides_and_views() -> None:
 
 
 def test_which_library_multiplies() -> None:
-    x, weight, bias = make(2, 3, 4, 5)
+    x, weight, bias = make(2, 300, 48, 64)
 
     def told(*args: Tensor) -> str:
         (decision,) = t2t_fast.explain(lambda: ops.linear(*args)).decisions
@@ -108,6 +108,8 @@ def test_which_library_multiplies() -> None:
         assert "x86" in told(x, weight, bias)
         return
     assert told(x, weight, bias) == "oneDNN"
+    assert "is small" in told(x[:, :100], weight, bias)
+    assert "is small" in told(x.clone().requires_grad_(), weight, bias)
     assert "is for float32" in told(x.double(), weight.double(), bias.double())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert "outside autocast" in told(x, weight, bias)

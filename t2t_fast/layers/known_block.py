@@ -12,6 +12,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from ..dispatch import is_explaining, resolve_backend
 from ..ops.block.arguments import Norm
 from ..ops.block.aten import why_not_onednn, why_not_packed
+from ..ops.block.triton import why_not_auto_add_layer_norm
 from ..ops.block.whole import BlockWeights, Product
 from ..ops.common.autograd import is_plain_eager
 from .attention import Attention
@@ -53,6 +54,8 @@ def known_block(block: Any, x: Any, known: KnownBlock | None) -> KnownBlock | No
         return None
     if resolve_backend(getattr(block.attn, "backend", "auto")) not in ("auto", "aten"):
         return None
+    if why_not_auto_add_layer_norm(x, x) is None:  # the kernel is worth asking op by op
+        return None
     if known is not None and known.fits(block, x):
         return known
     known = _look(block, x) if _is_standard(block) else None
@@ -70,9 +73,9 @@ def _is_standard(block: Any) -> bool:
         dropout_rate(drop) != 0 for drop in _dropouts(block)
     ):
         return False
-    packed = _packed(block)
-    has_gelu = [linear for linear in packed if linear.gelu]
-    activated = type(mlp.act) is nn.Identity if has_gelu == [mlp.fc1] else not has_gelu and are_plain(mlp.act)
+    packed, fc1 = _packed(block), _linears(block)[2]
+    has_gelu = [linear is fc1 for linear in packed if linear.gelu]
+    activated = type(mlp.act) is nn.Identity if has_gelu == [True] else not has_gelu and are_plain(mlp.act)
     return (
         activated
         and len({part.backend for part in (attn, mlp, *packed)}) == 1

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_values = operator.methodcaller("values")
 _version = operator.attrgetter("_version")
 
 
@@ -34,7 +35,7 @@ class Parts:
         self._attributes = [vars(module) for module in below]
         self._settings = [vars(module) for module, _ in settings], [name for _, name in settings]
         self._known_settings = [*map(dict.get, *self._settings)]
-        self._weights = [weights for module in modules for weights in (module._parameters, module._buffers)]
+        self._weights: list[Any] = [weights for module in modules for weights in (module._parameters, module._buffers)]
         self._known_weights = [*self._read_weights()]  # kept alive, so that no other tensor gets an id of theirs
         self._ids = [*map(id, self._known_weights)]
         self._tensors = [weight for weight in self._known_weights if weight is not None]
@@ -59,4 +60,4 @@ class Parts:
         )
 
     def _read_weights(self) -> Iterator[Tensor | None]:
-        return chain.from_iterable(map(dict.values, self._weights))
+        return chain.from_iterable(map(_values, self._weights))

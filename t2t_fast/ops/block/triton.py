@@ -38,7 +38,7 @@ def why_not_add_layer_norm(x: Tensor, y: Tensor, norm: Norm, scale: Tensor | Non
     return None
 
 
-def why_not_auto_add_layer_norm(x: Tensor, y: Tensor, norm: Norm, scale: Tensor | None) -> str | None:
+def why_not_auto_add_layer_norm(x: Tensor, y: Tensor, *rest: Any) -> str | None:
     """None, or why ``auto`` passes it over: by counting, for the kernel is bound by memory and unmeasured.
 
     Forward moves (B, N, C) four times where the library's sum and norm move it five times. Backward moves it four
