@@ -35,7 +35,8 @@ class Parts:
         self._attributes = [vars(module) for module in below]
         self._settings = [vars(module) for module, _ in settings], [name for _, name in settings]
         self._known_settings = [*map(dict.get, *self._settings)]
-        self._weights: list[Any] = [weights for module in modules for weights in (module._parameters, module._buffers)]
+        weights: list[Any] = [weights for module in modules for weights in (module._parameters, module._buffers)]
+        self._weights = [*filter(None, weights)]
         self._known_weights = [*self._read_weights()]  # kept alive, so that no other tensor gets an id of theirs
         self._ids = [*map(id, self._known_weights)]
         self._tensors = [weight for weight in self._known_weights if weight is not None]

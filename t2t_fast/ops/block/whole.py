@@ -51,9 +51,13 @@ def whole_block(x: Tensor, block: BlockWeights, scales: tuple[Tensor | None, Ten
         (B, N, C).
     """
     batch, tokens, _ = x.shape
-    qkv = _multiply(_normalize(x, block.norm1), block.qkv).chunk(3, dim=-1)
-    q, k, v = (part.unflatten(-1, (block.num_heads, -1)).transpose(1, 2) for part in qkv)
-    y = attend(q, k, v, block.scale).transpose(1, 2).reshape(batch, tokens, -1)
+    qkv = _multiply(_normalize(x, block.norm1), block.qkv)
+    q, k, v = qkv.view(batch, tokens, 3, block.num_heads, -1).unbind(2)
+    y = (
+        attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), block.scale)
+        .transpose(1, 2)
+        .reshape(batch, tokens, -1)
+    )
     x = _add(_multiply(y, block.proj), x, scales[0])
     y = _multiply(_multiply(_normalize(x, block.norm2), block.fc1, gelu=True), block.fc2)
     return _add(y, x, scales[1])
