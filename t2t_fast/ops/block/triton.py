@@ -13,7 +13,7 @@ from ..common import triton as common
 from ..common.autograd import differentiable_backward, wants_gradient
 from .arguments import Norm
 
-SMALLEST = 2**23  # values (B, N, C); below, an eager run waits for launches, not for memory
+SMALLEST = 2**23  # values (B, N, C): with fewer, an eager run waits for launches, not for memory
 
 
 def add_layer_norm(x: Tensor, y: Tensor, norm: Norm, scale: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -39,10 +39,10 @@ def why_not_add_layer_norm(x: Tensor, y: Tensor, norm: Norm, scale: Tensor | Non
 
 
 def why_not_auto_add_layer_norm(x: Tensor, y: Tensor, *rest: Any) -> str | None:
-    """None, or why ``auto`` passes it over: by counting, for the kernel is bound by memory and unmeasured.
+    """None, or why ``auto`` passes it over. By counting what goes through memory; not measured.
 
-    Forward moves (B, N, C) four times where the library's sum and norm move it five times. Backward moves it four
-    times where the library's, the gradients of the LayerNorm's weight and bias included, moves it eight times.
+    Forward moves (B, N, C) four times, the library's sum and norm five times. Backward moves it four times, the
+    library's eight times, with the gradients of the LayerNorm's weight and bias.
     """
     if x.device.type != "cuda":
         return "the interpreter is for tests"
