@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import secrets
 import stat
@@ -11,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 StrPath = str | os.PathLike[str]
 
@@ -38,6 +40,11 @@ def write_bytes(path: StrPath, data: bytes) -> None:
 def write_text(path: StrPath, text: str) -> None:
     """:func:`write_bytes` of ``text`` in UTF-8."""
     write_bytes(path, text.encode("utf-8"))
+
+
+def json_text(data: Any) -> str:
+    """``data`` as every JSON file of this package has it. NaN and infinity are not JSON: they raise ``ValueError``."""
+    return json.dumps(data, indent=1, allow_nan=False) + "\n"
 
 
 @contextlib.contextmanager

@@ -11,10 +11,10 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from t2t_fast import files
-from t2t_fast.checks import UsageError
+from t2t_fast.usage import UsageError
 
 OUTPUT_HELP = "file, or a folder for it; default: benchmarks/results/local of a checkout, else this folder"
 # How the kernel benchmark computes an op; auto is for a whole module.
@@ -39,13 +39,6 @@ def default_folder() -> Path:
         return checkout() / "benchmarks" / "results" / "local"  # chosen results lie above
     except UsageError:
         return Path.cwd()
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """A parser whose errors are one line, without the usage in front."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {' '.join(message.removeprefix('argument ').split())}\n")
 
 
 def positive_int(text: str) -> int:
@@ -132,7 +125,7 @@ def slug(text: str) -> str:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """:func:`write_text` of ``content`` as JSON."""
-    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+    write_text(path, files.json_text(content))
 
 
 def write_text(path: Path, text: str) -> None:

@@ -14,7 +14,6 @@ files cannot be compared
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,9 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from t2t_fast.bench.common import OneLineParser, UsageError, positive_number, read_json
+from t2t_fast.bench.common import positive_number, read_json
 from t2t_fast.bench.tables import Result, Row, normalised
-from t2t_fast.bench.terminal import Console, Table
+from t2t_fast.bench.terminal import Table, wide_console
+from t2t_fast.usage import OneLineParser, UsageError
 
 RESAMPLINGS = 10_000
 LEAST = 5  # rounds for a verdict: with less, equal speeds often seem to differ
@@ -109,7 +109,7 @@ def verdict(row: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Compare and return the exit status."""
-    parser = OneLineParser(prog="compare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(prog="compare.py", description=__doc__)
     parser.add_argument("before", type=Path, metavar="A", help="result file")
     parser.add_argument("after", type=Path, metavar="B", help="result file to compare with it")
     parser.add_argument("--fail-below", type=positive_number, metavar="RATIO", help="exit status 1 if B is slower")
@@ -125,9 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         speeds = [_speed(row[when]) for when in ("before", "after")]
         found = [f"{row['ratio']:.3f}", f"{row['low']:.3f} to {row['high']:.3f}"] if "ratio" in row else ["-", "-"]
         table.add_row(*names, *speeds, *found, verdict(row))
-    console = Console(highlight=False)
-    console.width = max(console.width, 130)
-    console.print(table)
+    wide_console(130).print(table)
     for name, result in (("A", before), ("B", after)):
         env = result.get("environment") or {}
         told = f"torch {env.get('torch')}, commit {env.get('git')}, {result.get('hardware')}"

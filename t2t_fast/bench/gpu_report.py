@@ -38,8 +38,6 @@ from typing import Any
 import torch
 
 from t2t_fast.bench.common import (
-    OneLineParser,
-    UsageError,
     checkout,
     positive_seconds,
     result_path,
@@ -47,6 +45,7 @@ from t2t_fast.bench.common import (
     write_text,
 )
 from t2t_fast.env import collect_env
+from t2t_fast.usage import OneLineParser, UsageError
 
 LINES = 95  # of the summary
 TOLD = 6  # failures and skips of one stage in the summary
@@ -346,9 +345,7 @@ def _write(results: Sequence[dict[str, Any]], environment: dict[str, Any], out: 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the stages and return the exit status."""
-    parser = OneLineParser(
-        prog="gpu_report.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(prog="gpu_report.py", description=__doc__)
     names = [stage.name for stage in stages(1, "")]
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="folder for all results; made if missing")

@@ -14,8 +14,8 @@ from torch import Tensor
 from torchvision import transforms
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from t2t_fast.bench.common import UsageError
 from t2t_fast.bench.loader import Shards, find_shards
+from t2t_fast.usage import UsageError
 
 _MAX_PHOTOGRAPHS = 64
 

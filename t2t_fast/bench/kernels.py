@@ -28,8 +28,6 @@ import t2t_fast
 from t2t_fast.bench.cases import CASES, TOLERANCES, Case, Tensors, exact_step, runners, step, tensors_of, worst_error
 from t2t_fast.bench.common import (
     OUTPUT_HELP,
-    OneLineParser,
-    UsageError,
     command_line,
     new_result,
     positive_int,
@@ -39,8 +37,9 @@ from t2t_fast.bench.common import (
 )
 from t2t_fast.bench.measuring import device_name, failure, give_back, select_device
 from t2t_fast.bench.rates import bytes_per_second, median_seconds, operations_per_second
-from t2t_fast.bench.terminal import Console, Table, track
+from t2t_fast.bench.terminal import Console, Table, track, wide_console
 from t2t_fast.env import collect_env
+from t2t_fast.usage import OneLineParser, UsageError
 
 
 def measure(case: Case, batch: int, dtype: torch.dtype, device: torch.device, compiled: bool) -> list[dict[str, Any]]:
@@ -105,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure and return the exit status: 0, 1 if a result is wrong, 2 if an argument is impossible."""
     argv = list(sys.argv[1:] if argv is None else argv)
     known = tuple(dict.fromkeys(case.op for case in CASES))
-    parser = OneLineParser(prog="kernels.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(prog="kernels.py", description=__doc__)
     add = parser.add_argument
     add("--ops", nargs="+", default=list(known), choices=known, metavar="OP", help=f"default: {' '.join(known)}")
     add("--batch-size", type=positive_int, metavar="N", help="images; default: 128 on CUDA, 4 elsewhere")
@@ -120,9 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         path, result = _measure_all(options, argv)
     except UsageError as error:
         parser.error(str(error))
-    console = Console(highlight=False)
-    console.width = max(console.width, 150)
-    console.print(table_of(result))
+    wide_console(150).print(table_of(result))
     for row in result["rows"]:
         if row["status"] != "ok":
             print(f"{row['op']}, {row['use']}, {row['variant']}: {row['status']}")

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from t2t_fast.bench.common import UsageError
+from t2t_fast.usage import UsageError
 
 _PREFETCH = 2  # batches that each process makes ahead, torch's default
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import t2t_fast
 from t2t_fast.bench import models
-from t2t_fast.bench.common import UsageError
 from t2t_fast.bench.variants import CannotRun, Row, build, precision_of
+from t2t_fast.usage import UsageError
 
 # Accepted relative norm of the error of the logits and, in training, of all gradients together, by the dtype of the
 # products: three to five times what rounding alone leaves, in any T2T-ViT.

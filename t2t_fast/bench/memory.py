@@ -23,17 +23,16 @@ import torch
 from t2t_fast.bench import measuring, models
 from t2t_fast.bench.common import (
     OUTPUT_HELP,
-    OneLineParser,
-    UsageError,
     command_line,
     new_result,
     positive_int,
     result_path,
     write_json,
 )
-from t2t_fast.bench.terminal import Console, Table, track
+from t2t_fast.bench.terminal import Console, Table, track, wide_console
 from t2t_fast.bench.variants import Row, build, precision_of
 from t2t_fast.env import collect_env
+from t2t_fast.usage import OneLineParser, UsageError
 
 MODELS = ("t2t_vit_14", "t2t_vit_t_14")
 VARIANTS = ("reference", "auto", "aten", "checkpointing")
@@ -122,7 +121,7 @@ def _phases(row: Row, variant: str, device: torch.device) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark and return the exit status: 0, or 2 if an argument is impossible."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = OneLineParser(prog="memory.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(prog="memory.py", description=__doc__)
     add = parser.add_argument
     add("--models", nargs="+", default=list(MODELS), metavar="NAME", help=f"default: {' '.join(MODELS)}")
     add("--variants", nargs="+", default=["reference", "auto", "checkpointing"], choices=VARIANTS, metavar="NAME",
@@ -137,8 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         path, result = _measure_all(options, argv)
     except UsageError as error:
         parser.error(str(error))
-    console = Console(highlight=False)
-    console.width = max(console.width, 110)
+    console = wide_console(110)
     console.print(table_of(result["rows"]))
     console.print(
         f"MB (10^6 bytes) above what was allocated before, {result['hardware']}, {options.batch_size} images of "

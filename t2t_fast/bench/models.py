@@ -12,8 +12,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import t2t_fast
-from t2t_fast.bench.common import UsageError
 from t2t_fast.macs import Macs, count_macs
+from t2t_fast.usage import UsageError
 
 # The ViT-S/16 that the paper compares with: timm's at that time, 768 channels in 8 layers; today's has DeiT-S's size.
 PAPER_VIT_SMALL = "vit_small_patch16_224_of_the_paper"

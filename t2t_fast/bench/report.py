@@ -9,7 +9,6 @@ with the same benchmark, hardware and command the newest is shown.
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import sys
@@ -17,10 +16,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from t2t_fast.bench.common import OneLineParser, UsageError, checkout, slug, write_text
+from t2t_fast.bench.common import checkout, slug, write_text
 from t2t_fast.bench.plots import by_batch, plot_batches, plot_macs, plot_roofline, plot_top1, with_top1
 from t2t_fast.bench.tables import KINDS, Result, Row, markdown, normalised, rate
 from t2t_fast.models.variants import VARIANTS
+from t2t_fast.usage import OneLineParser, UsageError
 
 DOCS = ("README.md", "docs/results.md")
 NOT_YET = "Not measured yet."
@@ -168,7 +168,7 @@ def fill(text: str, generated: dict[str, str]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write or check, and return the exit status."""
-    parser = OneLineParser(prog="report.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(prog="report.py", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if something would change")
     options = parser.parse_args(argv)
     try:

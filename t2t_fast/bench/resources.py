@@ -8,7 +8,6 @@ A kernel that spills registers, or a 16-bit product that misses the tensor cores
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import itertools
 import json
@@ -24,10 +23,11 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from t2t_fast.bench.common import OneLineParser, UsageError, checkout, write_json
+from t2t_fast.bench.common import checkout, write_json
 from t2t_fast.bench.launches import shipped_launches
-from t2t_fast.bench.terminal import Console, Progress, Table
+from t2t_fast.bench.terminal import Console, Progress, Table, wide_console
 from t2t_fast.config import triton_is_interpreted
+from t2t_fast.usage import OneLineParser, UsageError
 
 ARCHS = (80, 89, 90, 100, 120)
 # dtype and torch's float32 matmul precision
@@ -129,9 +129,7 @@ def table_of(rows: list[dict[str, Any]]) -> Table:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Compile and return the exit status: 0, 1 if a kernel must not ship, 2 if an argument is impossible."""
-    parser = OneLineParser(
-        prog="resources.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(prog="resources.py", description=__doc__)
     parser.add_argument("--arch", type=int, nargs="+", choices=ARCHS, default=list(ARCHS), help="default: all")
     parser.add_argument("--kind", nargs="+", choices=KINDS, default=list(KINDS), help="default: all")
     parser.add_argument("--dry-run", action="store_true", help="do not write the table; needed for a selection")
@@ -147,9 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.json:
             print(json.dumps(rows))
         else:
-            console = Console()
-            console.width = 200
-            console.print(table_of(rows))
+            wide_console(200).print(table_of(rows))
         wrong = faults(rows)
         for fault in wrong:
             print(fault, file=sys.stderr)

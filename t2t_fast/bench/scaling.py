@@ -22,8 +22,6 @@ import timm
 import torch
 
 from t2t_fast.bench.common import (
-    OneLineParser,
-    UsageError,
     checkout,
     fraction,
     positive_int,
@@ -33,6 +31,7 @@ from t2t_fast.bench.common import (
 )
 from t2t_fast.bench.tables import Row, markdown, normalised
 from t2t_fast.macs import Macs, count_macs
+from t2t_fast.usage import OneLineParser, UsageError
 
 MODELS = ("t2t_vit_14", "t2t_vit_19", "t2t_vit_24")
 GPUS = (8, 64, 512)
@@ -208,7 +207,7 @@ def tables(machine: Machine, batch: int, rates: Mapping[str, float]) -> str:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = OneLineParser(prog="scaling.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(prog="scaling.py", description=__doc__)
     add = parser.add_argument
     add("--batch-size", type=positive_int, default=128, metavar="N", help="images per GPU; default: 128")
     add("--result", type=Path, metavar="JSON", help="file of throughput.py --mode training on a GPU: measured speeds")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from t2t_fast.bench.tables import quantile
-from t2t_fast.bench.terminal import SIMPLE_HEAD, Console, Table
+from t2t_fast.bench.terminal import SIMPLE_HEAD, Table, wide_console
 
 WIDTH = 120  # of the table
 _SAME = ("mode", "precision", "batch_size", "img_size")
@@ -14,8 +14,7 @@ _SAME = ("mode", "precision", "batch_size", "img_size")
 
 def show(result: dict[str, Any]) -> None:
     """Print the table, how to read it, and what failed."""
-    console = Console(highlight=False, markup=False)
-    console.width = max(console.width, WIDTH)  # a narrow terminal wraps lines; it must not cut figures off
+    console = wide_console(WIDTH)
     rows = result["rows"]
     varied = [name for name in _SAME if len({row[name] for row in rows}) > 1]
     latency = any(row["batch_size"] == 1 for row in rows)

@@ -30,6 +30,11 @@ def rate(value: float) -> str:
     return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}"
 
 
+def pixels(size: Iterable[int]) -> str:
+    """Height and width as ``224x320``; the side of a square once."""
+    return "x".join(map(str, dict.fromkeys(size)))
+
+
 def megabytes(value: float) -> str:
     return f"{value / 1e6:.0f}"
 
@@ -103,10 +108,7 @@ def macs(result: Result) -> str:
         value = row[f"published_{name}"]
         return "" if value is None else f"{value:.1f}"
 
-    def pixels(row: Row) -> str:
-        return "x".join(map(str, dict.fromkeys(row["image_size"])))  # a square's side once
-
-    body, sizes = [], list(dict.fromkeys(map(pixels, result["rows"])))
+    body, sizes = [], list(dict.fromkeys(pixels(row["image_size"]) for row in result["rows"]))
     for row in result["rows"]:
         deviation = row["macs_deviation_percent"]
         told = (
@@ -115,7 +117,7 @@ def macs(result: Result) -> str:
             else f"{deviation:+.1f}%" + (" (rounds to it)" if row["rounds_to_published"] else "")
         )
         cells = [f"{row['params'] / 1e6:.1f}", paper(row, "params_m"), f"{row['macs'] / 1e9:.2f}", paper(row, "macs_g")]
-        name = row["name"] if len(sizes) == 1 else f"{row['name']}, {pixels(row)} px"
+        name = row["name"] if len(sizes) == 1 else f"{row['name']}, {pixels(row['image_size'])} px"
         body.append([name, *cells, told, f"{row['activations'] / 1e6:.1f}"])
     headings = ["model", "params (M)", "paper", "MACs (G)", "paper", "deviation", "activations (M)"]
     return f"Work per image of {' and '.join(sizes)} px:\n\n{markdown(headings, body)}"

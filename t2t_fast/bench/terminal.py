@@ -6,7 +6,17 @@ import importlib.util
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["SIMPLE_HEAD", "BarColumn", "Console", "Progress", "Table", "TextColumn", "TimeRemainingColumn", "track"]
+__all__ = [
+    "SIMPLE_HEAD",
+    "BarColumn",
+    "Console",
+    "Progress",
+    "Table",
+    "TextColumn",
+    "TimeRemainingColumn",
+    "track",
+    "wide_console",
+]
 
 if TYPE_CHECKING or importlib.util.find_spec("rich") is not None:
     from rich.box import SIMPLE_HEAD
@@ -73,3 +83,10 @@ else:
 
     def track(items: Iterable[Any], *args: Any, **options: Any) -> Iterable[Any]:
         return items
+
+
+def wide_console(width: int) -> Console:
+    """Standard output for a table of ``width`` columns: a narrow terminal wraps its lines, and no figure is cut off."""
+    console = Console(highlight=False, markup=False)
+    console.width = max(console.width, width)
+    return console

@@ -19,8 +19,6 @@ from t2t_fast import use_backend
 from t2t_fast.bench import measuring, models, rates
 from t2t_fast.bench.common import (
     OUTPUT_HELP,
-    OneLineParser,
-    UsageError,
     command_line,
     new_result,
     positive_int,
@@ -34,14 +32,14 @@ from t2t_fast.bench.loader import Loader
 from t2t_fast.bench.plots import plot_macs
 from t2t_fast.bench.show import show
 from t2t_fast.bench.terminal import BarColumn, Console, Progress, TextColumn, TimeRemainingColumn
-from t2t_fast.bench.variants import Row, product_dtype
+from t2t_fast.bench.variants import PRECISIONS, Row, product_dtype
 from t2t_fast.config import BACKENDS
 from t2t_fast.env import collect_env
+from t2t_fast.usage import OneLineParser, UsageError
 
 MODELS = ("t2t_vit_14", "deit_small_patch16_224", "vit_small_patch16_224", "resnet50")
 VARIANTS = (*BACKENDS, "frozen", "compiled", "compiled-reference", "compiled-frozen", "cuda-graph", "onnx", "aoti")
 DEFAULT_VARIANTS = {"inference": ("reference", "auto", "frozen"), "training": ("reference", "auto")}
-PRECISIONS = ("auto", "float32", "tf32", "bfloat16", "float16", "autocast-bfloat16", "autocast-float16")
 BATCH_SIZES = {"cpu": 16, "cuda": 128}
 LATENCY_REPEATS = 100
 MAX_IMG_SIZE = 4096
@@ -72,9 +70,7 @@ def batch_size(text: str) -> int | str:
 def parse_arguments(argv: Sequence[str], prog: str = "throughput.py") -> argparse.Namespace:
     """The command line of ``prog``, the script or a command."""
     examples = EXAMPLES.format(run=f"python benchmarks/{prog}" if prog.endswith(".py") else prog)
-    parser = OneLineParser(
-        prog=prog, description=__doc__, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(prog=prog, description=__doc__, epilog=examples)
     add = parser.add_argument
     add("--models", nargs="+", default=list(MODELS), metavar="NAME", help=f"or paper, zoo; default: {' '.join(MODELS)}")
     add(
@@ -92,9 +88,9 @@ def parse_arguments(argv: Sequence[str], prog: str = "throughput.py") -> argpars
         "--dtype",
         nargs="+",
         default=["auto"],
-        choices=PRECISIONS,
+        choices=("auto", *PRECISIONS),
         metavar="NAME",
-        help=f"{', '.join(PRECISIONS)}; auto: bfloat16 on CUDA (float16 where that is missing), float32 elsewhere",
+        help=f"{', '.join(PRECISIONS)}, auto: bfloat16 on CUDA (float16 where that is missing), float32 elsewhere",
     )
     add(
         "--batch-size",

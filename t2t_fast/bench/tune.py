@@ -35,8 +35,6 @@ import torch
 
 from t2t_fast.bench.common import (
     OUTPUT_HELP,
-    OneLineParser,
-    UsageError,
     command_line,
     new_result,
     positive_int,
@@ -46,6 +44,7 @@ from t2t_fast.bench.common import (
 )
 from t2t_fast.bench.rates import median_seconds
 from t2t_fast.env import collect_env
+from t2t_fast.usage import OneLineParser, UsageError
 
 # Table to the uses whose time it decides, and whether forward or training.
 USES = {
@@ -202,7 +201,7 @@ def snippet(table: str, arch: int, kind: str, config: Any, chip: str) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Tune and return the exit status: 0, or 2 if an argument is impossible."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = OneLineParser(prog="tune.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(prog="tune.py", description=__doc__)
     add = parser.add_argument
     add("--tables", nargs="+", default=list(USES), choices=USES, metavar="TABLE", help="default: all")
     add("--kinds", nargs="+", default=["half"], choices=KINDS, help="of arithmetic; default: half, as bfloat16")

@@ -9,9 +9,10 @@ from ..startup import importing
 
 with importing():
     from .. import BackendUnavailable, CheckpointError, __version__
+    from ..usage import OneLineParser, UsageError, printable
     from . import bench, convert, env, export, list, macs, predict
-    from .common import PROG, Parser, UsageError, is_out_of_memory
-    from .streams import STANDARD_OUTPUT, flush_output, log_records_shown, printable, say, usable_streams
+    from .common import is_out_of_memory
+    from .streams import PROG, STANDARD_OUTPUT, flush_output, log_records_shown, say, usable_streams
 
 COMMANDS = (predict, macs, list, convert, export, bench, env)
 
@@ -52,7 +53,7 @@ def _run(argv: Sequence[str]) -> int:
     for argument in argv:
         if "\0" in argument:
             raise UsageError(f"the argument {argument!r} contains a NUL character")
-    parser = Parser(PROG, description="T2T-ViT, made fast. See COMMAND --help for each command.")
+    parser = OneLineParser(PROG, description="T2T-ViT, made fast. See COMMAND --help for each command.")
     parser.add_argument("--version", action="version", version=f"{PROG} {__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     for command in COMMANDS:

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from ..bench import throughput
-from .common import PROG
+from .streams import PROG
 
 
 def add_parser(subparsers: Any) -> None:

@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import textwrap
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from ..checks import UsageError
-from ..files import check_target, open_descriptor, write_text
-from .streams import PROG, one_line, write_output
+from ..files import check_target, json_text, open_descriptor, write_text
+from ..usage import UsageError
+from .streams import write_output
 
 MAX_PIXELS = 8192  # a side; the tokens of such a square and their position table take gigabytes
 MAX_COUNT = 2**31 - 1
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, without the usage in front."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{PROG}: error: {one_line(message)} (see {self.prog} --help)\n")
 
 
 def add_command(subparsers: Any, name: str, description: str, examples: str) -> argparse.ArgumentParser:
@@ -35,7 +27,6 @@ def add_command(subparsers: Any, name: str, description: str, examples: str) -> 
         help=description.partition(".")[0],
         description=textwrap.fill(description, 80),
         epilog="examples:\n" + textwrap.indent(textwrap.dedent(examples).strip("\n"), "  "),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     return parser
 
@@ -97,9 +88,9 @@ def means_standard_output(target: str) -> bool:
     return target == "-" or open_descriptor(target) == 1
 
 
-def write_json(data: Any, target: str = "-") -> None:
+def output_json(data: Any, target: str = "-") -> None:
     """Write ``data`` to the file ``target``, whole or not at all, or to standard output for ``-``."""
-    text = json.dumps(data, indent=2, allow_nan=False) + "\n"
+    text = json_text(data)
     if means_standard_output(target):
         write_output(text)
     else:

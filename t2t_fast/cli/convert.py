@@ -16,8 +16,9 @@ from ..models.checkpoints import (
     save_checkpoint,
 )
 from ..models.layouts import LAYOUTS
-from .common import UsageError, add_command, check_new, file_name
-from .streams import printable, write_output
+from ..usage import UsageError, printable
+from .common import add_command, check_new, file_name
+from .streams import write_output
 
 
 def add_parser(subparsers: Any) -> None:

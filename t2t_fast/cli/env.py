@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from ..env import collect_env, format_env
-from .common import add_command, write_json
+from .common import add_command, output_json
 from .streams import write_output
 
 
@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
     environment = collect_env()
     if args.json:
-        write_json(environment)
+        output_json(environment)
     else:
         write_output(format_env(environment) + "\n")
     return 0

@@ -5,15 +5,12 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-import torch
-
 from ..deploy.export import FORMATS, ExportError, check_request, export
 from ..deploy.freeze import freeze
-from .common import UsageError, add_command, check_new, count, file_name, is_out_of_memory, pixels
-from .predict import DEFAULT_MODEL, load_model
-from .streams import printable, write_output
-
-DTYPES = ("float32", "float16", "bfloat16")
+from ..usage import UsageError, printable
+from .common import add_command, check_new, count, file_name, is_out_of_memory, pixels
+from .predict import DEFAULT_MODEL, DTYPES, load_model
+from .streams import write_output
 
 
 def add_parser(subparsers: Any) -> None:
@@ -44,7 +41,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
-    target, dtype = args.target, None if args.dtype is None else getattr(torch, args.dtype)
+    target, dtype = args.target, DTYPES.get(args.dtype)
     try:
         check_request(target, args.format, max_batch=args.max_batch, dtype=dtype)
     except (ExportError, ValueError) as error:

@@ -9,7 +9,8 @@ from rich.table import Table
 
 from ..models import list_models
 from ..models.variants import VARIANTS
-from .common import UsageError, add_command, write_json, write_table
+from ..usage import UsageError
+from .common import add_command, output_json, write_table
 
 
 def add_parser(subparsers: Any) -> None:
@@ -36,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     if not names:
         raise UsageError(f"no model matches {args.pattern!r}; names: {', '.join(VARIANTS)}")
     if args.json:
-        write_json([_describe(name) for name in names])
+        output_json([_describe(name) for name in names])
         return 0
     table = Table()
     table.add_column("model")

@@ -16,11 +16,13 @@ from rich.progress import Progress
 from rich.table import Table
 
 from ..bench import common as bench
+from ..bench import tables
 from ..bench.models import PAPER_VIT_SMALL, SETS, create
 from ..env import collect_env
 from ..macs import count_macs, own_image_size, published
 from ..models import list_models
-from .common import UsageError, add_command, error_console, image_size, pixels, write_json, write_table
+from ..usage import UsageError
+from .common import add_command, error_console, image_size, output_json, pixels, write_table
 from .streams import say
 
 
@@ -73,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     if rows and args.output is not None:
         say(f"results: {_save(rows, args)}")
     if args.json:
-        write_json(rows)
+        output_json(rows)
     elif rows:
         write_table(table_of(rows))
     return 0 if len(rows) == len(names) else 1 if rows else 2
@@ -120,7 +122,7 @@ def _deviation(measured: float, published: float | None) -> float | None:
 def _save(rows: list[dict[str, Any]], args: argparse.Namespace) -> Path:
     """Write a result file, named by the image sizes, and return its path."""
     env, date = collect_env(), datetime.now().astimezone()
-    sizes = dict.fromkeys("x".join(map(str, dict.fromkeys(row["image_size"]))) for row in rows)
+    sizes = dict.fromkeys(tables.pixels(row["image_size"]) for row in rows)
     path = bench.result_path(args.output, f"macs-{'-'.join(sizes)}px", env, date)
     size = ["--img-size", *map(str, args.img_size)] if args.img_size else []
     command = shlex.join(["python", "-m", "t2t_fast", "macs", *args.models, *size])

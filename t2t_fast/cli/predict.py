@@ -24,20 +24,20 @@ from ..files import check_target, open_descriptor, require_regular
 from ..macs import own_in_chans
 from ..models import T2TViT, create_model
 from ..models.variants import VARIANTS
+from ..usage import UsageError, printable
 from .common import (
-    UsageError,
     add_command,
     count,
     error_console,
     file_name,
     image_size,
     means_standard_output,
+    output_json,
     pixels,
-    write_json,
     write_table,
 )
 from .images import Failure, ImageError, find_images, read_image
-from .streams import printable, say
+from .streams import say
 
 DEFAULT_MODEL = "t2t_vit_14"
 # Every model needs ops that have no native implementation.
@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
             failures += bad
     try:
         if args.json is not None:
-            write_json(_record(args, model, device, results, failures), args.json)
+            output_json(_record(args, model, device, results, failures), args.json)
     finally:
         if results and not only_json:
             write_table(_table(results))

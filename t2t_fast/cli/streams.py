@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any, TextIO
 
 from ..files import errors_named
+from ..usage import one_line
 
 PROG = "t2t-fast"
 STANDARD_OUTPUT = "standard output"  # the file name in errors
@@ -72,17 +73,6 @@ def _discard(stream: TextIO) -> None:
             os.dup2(nowhere, stream.fileno())
         finally:
             os.close(nowhere)
-
-
-def one_line(text: str) -> str:
-    """``text`` without line breaks, and as :func:`printable`."""
-    return printable(" ".join(line.strip() for line in text.splitlines() if line.strip()))
-
-
-def printable(text: str) -> str:
-    """``text`` without what a file name may hold and a terminal cannot take: undecodable bytes and control codes."""
-    text = text.encode("utf-8", "backslashreplace").decode()
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 @contextlib.contextmanager
