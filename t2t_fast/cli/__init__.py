@@ -53,14 +53,19 @@ def _run(argv: Sequence[str]) -> int:
     for argument in argv:
         if "\0" in argument:
             raise UsageError(f"the argument {argument!r} contains a NUL character")
+    args = make_parser().parse_args(argv)
+    code: int = args.run(args)
+    return code
+
+
+def make_parser() -> OneLineParser:
+    """The parser of the whole command line."""
     parser = OneLineParser(PROG, description="T2T-ViT, made fast. See COMMAND --help for each command.")
     parser.add_argument("--version", action="version", version=f"{PROG} {__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     for command in COMMANDS:
         command.add_parser(subparsers)
-    args = parser.parse_args(argv)
-    code: int = args.run(args)
-    return code
+    return parser
 
 
 def _report(message: str) -> int:

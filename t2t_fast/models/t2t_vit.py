@@ -101,17 +101,12 @@ class T2TViT(nn.Module):
     ) -> None:
         super().__init__()
         options = factory_options(device, dtype)
-        for name, flag in (("qkv_bias", qkv_bias), ("dynamic_img_size", dynamic_img_size)):
-            check_flag(name, flag)
-        drop_rate, attn_drop_rate, drop_path_rate, token_drop_rate = (
-            check_probability(name, rate)
-            for name, rate in (
-                ("drop_rate", drop_rate),
-                ("attn_drop_rate", attn_drop_rate),
-                ("drop_path_rate", drop_path_rate),
-                ("token_drop_rate", token_drop_rate),
-            )
-        )
+        check_flag("qkv_bias", qkv_bias)
+        check_flag("dynamic_img_size", dynamic_img_size)
+        drop_rate = check_probability("drop_rate", drop_rate)
+        attn_drop_rate = check_probability("attn_drop_rate", attn_drop_rate)
+        drop_path_rate = check_probability("drop_path_rate", drop_path_rate)
+        token_drop_rate = check_probability("token_drop_rate", token_drop_rate)
         self.in_chans = check_count("in_chans", in_chans, 1)
         self.num_classes = check_count("num_classes", num_classes, 0)
         self.embed_dim = check_count("embed_dim", embed_dim, 1)
@@ -130,12 +125,7 @@ class T2TViT(nn.Module):
             self.in_chans, self.embed_dim, token_dim, tokens_type, token_drop_rate, backend, **options
         )
         self.grid_size = self.tokens_to_token.grids(*self.img_size)[2]
-        num_tokens = self.grid_size[0] * self.grid_size[1] + self.num_prefix_tokens
-        if num_tokens * self.embed_dim > LARGEST:
-            raise ValueError(f"img_size={img_size!r} makes {num_tokens} tokens, too many for a position table")
-        self.cls_token = nn.Parameter(torch.empty(1, 1, self.embed_dim, **options))
-        self.pos_embed = nn.Parameter(torch.empty(1, num_tokens, self.embed_dim, **options), requires_grad=False)
-        self._tables: TableCache = {}
+        self._add_cls_token_and_positions(**options)
         self.pos_drop = nn.Dropout(drop_rate)
         make_block = partial(
             self._make_block,
@@ -163,6 +153,15 @@ class T2TViT(nn.Module):
         self.register_state_dict_post_hook(_record_grid)
 
     _make_block: Callable[..., nn.Module] = Block
+
+    def _add_cls_token_and_positions(self, **options: Any) -> None:
+        """Register both parameters, without values; ``options`` are their device and dtype."""
+        num_tokens = self.grid_size[0] * self.grid_size[1] + self.num_prefix_tokens
+        if num_tokens * self.embed_dim > LARGEST:
+            raise ValueError(f"img_size={self.img_size} makes {num_tokens} tokens, too many for a position table")
+        self.cls_token = nn.Parameter(torch.empty(1, 1, self.embed_dim, **options))
+        self.pos_embed = nn.Parameter(torch.empty(1, num_tokens, self.embed_dim, **options), requires_grad=False)
+        self._tables: TableCache = {}
 
     def _make_blocks(
         self, make_block: Callable[..., nn.Module], drop_path_rates: list[float], **options: Any
