@@ -62,7 +62,7 @@ OPS = {
     "norm_eps=1e-05, *, backend='auto')",
 }
 # In torch.ops.t2t_fast: saved programs hold these names.
-OPERATORS = """add_layer_norm add_layer_norm_backward layer_norm_linear linear performer_attention
+OPERATORS = """add_layer_norm add_layer_norm_backward linear performer_attention
 performer_attention_backward se_gate se_gate_backward se_mlp se_mlp_backward soft_split soft_split_backward
 soft_split_linear soft_split_linear_backward_input soft_split_linear_backward_weight soft_split_performer
 token_performer token_performer_backward"""
