@@ -1,4 +1,4 @@
-"""What every command line here shares: the error that only its user can mend, and the one line that reports it."""
+"""Errors of command lines: an exception for those that the user can fix, and a parser that reports them in one line."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ COMMANDS = {
     "macs": "MODEL --img-size --json --output",
     "list": "PATTERN --json",
     "convert": "SRC DST --to --no-ema --force",
-    "export": "DST --format --model --checkpoint --pretrained --random-weights --img-size --dtype --max-batch --force",
+    "export": "DST --format --model --checkpoint --pretrained --img-size --random-weights --dtype --max-batch --force",
     "bench": "arguments",  # of benchmarks/throughput.py
     "env": "--json",
 }

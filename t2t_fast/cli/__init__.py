@@ -21,11 +21,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (``sys.argv[1:]`` for None).
 
     Returns:
-        The exit code: 0, or what the command says; 2, with one line on stderr, for what only the user can mend; 130
-        after Ctrl-C; 141 where the reader of a pipe is gone. Other errors keep their traceback.
+        The exit code: that of the command, 0 on success; 2, with one line on stderr, for errors that the user can fix;
+        130 after Ctrl-C; 141 if the reader of a pipe has closed it. Other errors keep their traceback.
 
     Raises:
-        SystemExit: After ``--help`` and ``--version``, and with 2 for arguments that the parser refuses.
+        SystemExit: After ``--help`` and ``--version``; with code 2 for arguments that the parser refuses.
     """
     with usable_streams(), log_records_shown():
         try:
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _report(str(error))
         except OSError as error:
             if isinstance(error, BrokenPipeError) and error.filename == STANDARD_OUTPUT:
-                return 141  # the reader, `head` for one, has seen enough
+                return 141  # the reader has closed the pipe, as `head` does
             if error.filename is None:
                 raise
             return _report(f"{printable(str(error.filename)) or repr('')}: {error.strerror}")

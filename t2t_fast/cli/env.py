@@ -1,4 +1,4 @@
-"""``python -m t2t_fast env``: what runs here."""
+"""``python -m t2t_fast env``: describe this environment."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .streams import write_output
 
 
 def add_parser(subparsers: Any) -> None:
-    """Add the ``env`` command to what ``argparse.ArgumentParser.add_subparsers`` returned."""
+    """Add the ``env`` command to ``subparsers``, the result of ``ArgumentParser.add_subparsers``."""
     parser = add_command(
         subparsers,
         "env",

@@ -1,4 +1,4 @@
-"""``python -m t2t_fast list``: the models, and what the paper says of them."""
+"""``python -m t2t_fast list``: the models, with the paper's figures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .common import add_command, output_json, write_table
 
 
 def add_parser(subparsers: Any) -> None:
-    """Add the ``list`` command to what ``argparse.ArgumentParser.add_subparsers`` returned."""
+    """Add the ``list`` command to ``subparsers``, the result of ``ArgumentParser.add_subparsers``."""
     parser = add_command(
         subparsers,
         "list",
@@ -33,7 +33,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
-    names = list_models(args.pattern) if args.pattern else []  # timm takes "" for every name
+    names = list_models(args.pattern) if args.pattern else []  # for timm "" matches every name
     if not names:
         raise UsageError(f"no model matches {args.pattern!r}; names: {', '.join(VARIANTS)}")
     if args.json:

@@ -1,4 +1,4 @@
-"""``python -m t2t_fast macs``: multiply-accumulates counted, beside the paper's."""
+"""``python -m t2t_fast macs``: count multiply-accumulates, beside the paper's figures."""
 
 from __future__ import annotations
 
@@ -27,13 +27,12 @@ from .streams import say
 
 
 def add_parser(subparsers: Any) -> None:
-    """Add the ``macs`` command to what ``argparse.ArgumentParser.add_subparsers`` returned."""
+    """Add the ``macs`` command to ``subparsers``, the result of ``ArgumentParser.add_subparsers``."""
     parser = add_command(
         subparsers,
         "macs",
-        "count parameters and multiply-accumulates. The products inside attention are counted, those of the "
-        "Performer's features too; norms, softmax and activations are not. Only shapes are computed: nothing is "
-        "downloaded or run.",
+        "count parameters and multiply-accumulates. Matmuls inside attention and of the Performer's features count; "
+        "norms, softmax and activation functions do not. Only shapes are computed: nothing is downloaded or run.",
         """
         t2t-fast macs
         t2t-fast macs t2t_vit_14 resnet50 'deit_small*'
@@ -46,13 +45,13 @@ def add_parser(subparsers: Any) -> None:
         "models",
         metavar="MODEL",
         nargs="*",
-        help="names or patterns, timm's too; zoo: all of ours; "
-        "paper: those of the paper's tables (default: all of ours)",
+        help="names or patterns, also timm's; zoo: all of this package; paper: those in the paper's tables "
+        "(default: zoo)",
     )
     parser.add_argument("--img-size", nargs="+", type=pixels, metavar=("H", "W"), help="pixels (default: the model's)")
     parser.add_argument("--json", action="store_true", help="write JSON")
     parser.add_argument(
-        "--output", type=Path, metavar="JSON", help="also a result file of the benchmarks, or its folder"
+        "--output", type=Path, metavar="JSON", help="also write a result file of the benchmarks; a file or a folder"
     )
     parser.set_defaults(run=run)
 
@@ -61,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit code: 1 if some models cannot be counted, 2 if none can."""
     size = image_size(args.img_size)
     names = _resolve_names(args.models) if args.models else [*list_models(), "t2t_vit_14.in1k_384"]
-    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it logs what it also raises
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it logs its exceptions as well
     errors = error_console()
     rows = []
     with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
@@ -69,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
             try:
                 rows.append(measure(name, size))
             except Exception as error:
-                # A size that the model cannot take, or a model of something else than images: timm's raise anything.
+                # The model does not take this size, or no images at all: models of timm raise anything.
                 reason = next(iter(str(error).splitlines()), "")
                 say(f"{name}: cannot be counted: {type(error).__name__}: {reason}")
     if rows and args.output is not None:
@@ -99,7 +98,7 @@ def measure(name: str, size: tuple[int, int] | None) -> dict[str, Any]:
         model = create(name)
     size = size or own_image_size(model)
     macs = count_macs(model, size)
-    assert size is not None  # else it could not be counted
+    assert size is not None  # else count_macs raised
     params_m, macs_g = published(name, size)
     return {
         "name": name,
@@ -131,7 +130,7 @@ def _save(rows: list[dict[str, Any]], args: argparse.Namespace) -> Path:
 
 
 def table_of(rows: list[dict[str, Any]]) -> Table:
-    """For people, a line each."""
+    """A table with a line per model."""
     table = Table()
     table.add_column("model")
     for heading in ("pixels", "params M", "paper", "±%", "MACs G", "paper", "±%", "activations M"):
