@@ -1,7 +1,7 @@
-"""Block sizes, warps and pipeline stages per chip and kind of arithmetic: data, nothing is tuned at run time.
+"""Tables of block sizes, warps and pipeline stages, per chip and kind of arithmetic. Nothing is tuned at run time.
 
-Tables go by compute capability times ten; what a chip's row lacks comes from that of the newest older one. No
-configuration here has been measured on a GPU yet: they are large ones that compile without spilling registers, which
+The keys are compute capabilities times ten; a chip without an entry takes that of the newest older chip. No
+configuration has been measured on a GPU yet: they are the large ones that compile without spilling registers, which
 ``benchmarks/resources.py`` checks.
 """
 

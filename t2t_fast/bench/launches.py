@@ -1,4 +1,4 @@
-"""Every launch of a Triton kernel that T2T-ViT-14 makes at 224 px, over tensors without memory."""
+"""Every launch of a Triton kernel in T2T-ViT-14 at 224 px, with tensors on the meta device."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ USES = {
 
 
 def shipped_launches(dtype: torch.dtype) -> Iterator[tuple[str, str, Launch, bool]]:
-    """(kernel, use, launch, whether it multiplies matrices) of all that the model launches in ``dtype``."""
+    """(kernel, use, launch, whether it has matmuls) of all launches of the model in ``dtype``."""
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")

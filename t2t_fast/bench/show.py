@@ -1,4 +1,4 @@
-"""What a comparison looks like on the terminal."""
+"""Show a throughput result on the terminal."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SAME = ("mode", "precision", "batch_size", "img_size")
 
 
 def show(result: dict[str, Any]) -> None:
-    """Print the table, how to read it, and what failed."""
+    """Print the table, an explanation of its columns, and the failures."""
     console = wide_console(WIDTH)
     rows = result["rows"]
     varied = [name for name in _SAME if len({row[name] for row in rows}) > 1]

@@ -1,4 +1,4 @@
-"""Markdown tables from result files of every kind and age."""
+"""Markdown tables of result files, of every benchmark and of earlier formats."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def normalised(result: Result) -> list[Row]:
-    """The rows of a throughput file in today's format: older ones have a backend, and what all rows share once."""
+    """The rows of a throughput file in today's format; older ones have "backend", and values outside of rows."""
     shared = {"mode": "inference", "precision": result.get("dtype"), "status": "ok"}
     shared |= {name: result.get(name) for name in ("batch_size", "img_size")}
     return [{**shared, **row, "variant": row.get("variant", row.get("backend"))} for row in result["rows"]]
 
 
 def rate(value: float) -> str:
-    """Images per second with three digits."""
+    """Images per second to three digits."""
     return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}"
 
 
@@ -40,7 +40,7 @@ def megabytes(value: float) -> str:
 
 
 def throughput(result: Result) -> str:
-    """One table for each mode, precision, batch and image size."""
+    """A table for each mode, precision, batch and image size."""
     kinds: dict[tuple[Any, ...], list[Row]] = {}
     for row in normalised(result):
         kinds.setdefault((row["mode"], row["precision"], row["batch_size"], row["img_size"]), []).append(row)
@@ -68,7 +68,7 @@ def throughput(result: Result) -> str:
 
 
 def quantile(values: Sequence[float], percent: int) -> float:
-    """The value that ``percent`` of ``values`` do not exceed."""
+    """The smallest of ``values`` that at least ``percent`` % of them do not exceed."""
     return sorted(values)[max(0, math.ceil(len(values) * percent / 100) - 1)]
 
 

@@ -1,4 +1,4 @@
-"""Tables and progress on the terminal: rich's, or plain text where a machine with a GPU has no rich and no network."""
+"""Tables and progress on the terminal: rich, or the plain text below where rich is not installed."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ else:
             )
 
     class Console:
-        """Prints what it is given."""
+        """Prints text."""
 
         is_terminal, width = False, 80
 
@@ -86,7 +86,7 @@ else:
 
 
 def wide_console(width: int) -> Console:
-    """Standard output for a table of ``width`` columns: a narrow terminal wraps its lines, and no figure is cut off."""
+    """Standard output, at least ``width`` columns wide: a narrow terminal then wraps lines, and cuts no figures off."""
     console = Console(highlight=False, markup=False)
     console.width = max(console.width, width)
     return console
