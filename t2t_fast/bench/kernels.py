@@ -3,10 +3,10 @@
     python benchmarks/kernels.py                                    # batch 128, bfloat16 on a GPU; 4, float32 on a CPU
     python benchmarks/kernels.py --ops soft_split_linear mlp --dtype float16 --output benchmarks/results
 
-The floor is the time for the bytes (each read or written once) or for the operations, whichever is longer, at the rates
-of a large copy and a large matmul measured in the same run. `aten` is the best that libraries offer: cuDNN's convolution for
-the soft splits, scaled_dot_product_attention for attention, cuBLAS or oneDNN for matmuls. A wrong result or gradient
-shows its error instead of a time, and the exit status is 1. The file is written after every op.
+The floor is the time for the bytes (each read or written once) or for the operations, whichever is longer, at the
+rates of a large copy and a large matmul measured in the same run. `aten` is the best that libraries offer: cuDNN's
+convolution for the soft splits, scaled_dot_product_attention for attention, cuBLAS or oneDNN for matmuls. A wrong
+result or gradient shows its error instead of a time, and the exit status is 1. The file is written after every op.
 """
 
 from __future__ import annotations
