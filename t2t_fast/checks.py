@@ -22,7 +22,7 @@ def factory_options(device: Device, dtype: torch.dtype | None) -> dict[str, Any]
     """``device`` and ``dtype`` as keyword arguments, without those that are None: not every module takes them.
 
     Raises:
-        TypeError: ``dtype`` is not a floating-point dtype.
+        TypeError: ``dtype`` is no floating-point dtype.
     """
     if dtype is not None and dtype not in FLOAT_DTYPES:
         raise TypeError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype!r}")
@@ -48,7 +48,7 @@ def check_tensor(name: str, value: object, ndim: int | tuple[int, ...]) -> None:
 def check_shape(name: str, value: Tensor, shape: Sequence[int | torch.SymInt], meaning: str) -> None:
     """Raise unless ``value`` has exactly ``shape``; ``meaning`` spells the shape in words."""
     check_tensor(name, value, len(shape))
-    if torch.jit.is_tracing():  # sizes are tensors there, and the tracer warns of each comparison
+    if torch.jit.is_tracing():  # a tracer's sizes are tensors, and it would warn of each comparison
         return
     if tuple(value.shape) != tuple(shape):
         raise ValueError(f"{name} must have shape {meaning} = {tuple(shape)}, got {tuple(value.shape)}")
@@ -65,7 +65,7 @@ def check_same_device(name: str, value: Tensor, *others: tuple[str, Tensor | Non
 def check_alike(name: str, value: Tensor, *others: tuple[str, Tensor | None]) -> None:
     """Raise unless the ``others``, pairs of name and tensor, have the device and the dtype of ``value``.
 
-    Under autocast only float64 matters: autocast casts all other dtypes.
+    Under autocast dtypes may differ, for the ops cast; but not from or to float64.
     """
     dtype, device = value.dtype, value.device
     for other_name, other in others:
@@ -111,9 +111,9 @@ def check_count(name: str, value: object, minimum: int) -> int:
 
 
 def as_integer(value: object) -> int | None:
-    """Anything with ``__index__``, such as NumPy's integers, as a plain int; None for anything else, and for bools.
+    """Anything with ``__index__`` (NumPy's integers, too) as a plain int; None for everything else, and for bools.
 
-    Open sizes of a graph are returned unchanged: ``torch.SymInt``, and tensors while ``torch.jit.trace`` runs.
+    Sizes that a graph leaves open stay what they are: ``torch.SymInt``, and tensors while ``torch.jit.trace`` runs.
     """
     if type(value) is int or isinstance(value, torch.SymInt) or (torch.jit.is_tracing() and isinstance(value, Tensor)):
         return value  # type: ignore[return-value]
@@ -126,8 +126,8 @@ def as_integer(value: object) -> int | None:
 
 
 def check_real(name: str, value: object) -> float:
-    """``value`` as a float; raise unless it is a finite real number (NumPy's are accepted, bools are not)."""
-    # While compiling, a float may be symbolic, and isfinite would fail.
+    """``value`` as a float; raise unless it is a finite real number (NumPy's are taken, truth values are not)."""
+    # A compiler may leave a number open, and then cannot ask.
     if type(value) is float and (torch.compiler.is_compiling() or math.isfinite(value)):
         return value
     number = _as_real(name, value)
@@ -137,7 +137,7 @@ def check_real(name: str, value: object) -> float:
 
 
 def check_epsilon(name: str, value: object) -> float:
-    """``value`` as a float; raise unless it is finite and at least 0."""
+    """``value`` as a float; raise unless it is a finite number that is not negative."""
     number = check_real(name, value)
     if number < 0:
         raise ValueError(f"{name} must be at least 0, got {value!r}")
@@ -145,7 +145,7 @@ def check_epsilon(name: str, value: object) -> float:
 
 
 def check_probability(name: str, value: object) -> float:
-    """``value`` as a float; raise unless it is in [0, 1), as a dropout rate is."""
+    """``value`` as a float; raise unless it is a dropout rate."""
     rate = _as_real(name, value)
     if not 0.0 <= rate < 1.0:
         raise ValueError(f"{name} must be in [0, 1), got {value}")

@@ -1,7 +1,7 @@
-"""Backends: what each implementation can run, why not, and which one was taken.
+"""Backends: which implementations an op has, which one runs a call, and why the others do not.
 
 Every public function in :mod:`t2t_fast.ops` owns one :class:`Op`, a list of implementations in the order in which
-``auto`` prefers them. The backend of a call is decided by the first of these that names one:
+``auto`` prefers them. The backend of a call is the first that one of these names:
 
 1. the call's ``backend=`` (models and layers pass theirs),
 2. the innermost :func:`use_backend`,
@@ -42,7 +42,7 @@ class Implementation:
         run: The function itself; takes exactly the arguments of ``why_not`` and ``why_not_auto``.
         why_not: Returns None, or the reason why these arguments cannot run, in words a user can act on.
         why_not_auto: Returns None, or why ``auto`` passes this implementation over although it could run.
-        detail: Returns None, or which of its ways the implementation goes and why: for :func:`explain`.
+        detail: Returns None, or which of its ways the implementation takes and why. For :func:`explain`.
     """
 
     backend: str
@@ -54,7 +54,7 @@ class Implementation:
 
 @dataclass
 class Decision:
-    """What one call of an op came to: the backend taken, per other backend why it was not, and the way taken."""
+    """One call of an op: the backend that ran, why each other backend did not, and which of its ways it took."""
 
     op: str
     backend: str
@@ -63,7 +63,7 @@ class Decision:
     detail: str | None = None
 
     def same(self, other: Decision) -> bool:
-        """Whether both tell the same but for the number of calls."""
+        """Whether both are equal except in the number of calls."""
         return dataclasses.replace(self, calls=0) == dataclasses.replace(other, calls=0)
 
 
@@ -117,7 +117,7 @@ def check_backend(backend: str) -> str:
 
 
 def resolve_backend(backend: str = "auto") -> str:
-    """The backend in force for a call that says ``backend``: its own word, the context's, or the environment's."""
+    """``backend`` itself unless it is ``auto``; then the context's, or else the environment's."""
     if check_backend(backend) != "auto":
         return backend
     if torch.compiler.is_compiling() and not _COMPILER_READS_CONTEXTS:
@@ -199,7 +199,7 @@ def is_explaining() -> bool:
 
 
 def tell(decision: Decision) -> None:
-    """Let :func:`explain` know of an op that a module computed by itself."""
+    """Report to :func:`explain` an op that a module computed itself, without calling its :class:`Op`."""
     explanation = _explanation.get()
     if explanation is not None:
         explanation.add(decision)

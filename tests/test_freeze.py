@@ -52,7 +52,7 @@ def test_dtypes(dtype: torch.dtype) -> None:
             got = frozen(given)
             assert got.dtype == dtype
             assert relative_error(got, want) < DTYPES[dtype]
-    moved = t2t_fast.freeze(model).to(dtype)  # after its weights were laid out for another dtype
+    moved = t2t_fast.freeze(model).to(dtype)  # after its weights were packed for another dtype
     moved(images)
     assert relative_error(moved(images), want) < max(DTYPES[dtype], DTYPES[torch.float32])
 
@@ -85,7 +85,7 @@ def test_copies_and_pickles() -> None:
 
 def test_weights_loaded_later_are_used() -> None:
     frozen, images = t2t_fast.freeze(small("t2t_vit_7")), seeded_images(2, 32, 32)
-    want = frozen(images)  # laid out for these weights
+    want = frozen(images)  # packed for these weights
     with torch.no_grad():
         changed = {key: 1.5 * value for key, value in frozen.state_dict().items()}
     frozen.load_state_dict(changed)
@@ -316,7 +316,7 @@ def test_explain_tells_of_a_frozen_model(dtype: torch.dtype) -> None:
     told = t2t_fast.explain(frozen, images)
     assert told.backends()["linear"] == told.backends()["layer_norm_linear"] == {"aten"}
     if not why_not_packed(images.to(dtype), torch.zeros(1, dtype=dtype)):
-        assert "oneDNN, weights laid out" in str(told)
+        assert "oneDNN, packed weights" in str(told)
     with t2t_fast.use_backend("reference"):
         asked = t2t_fast.explain(frozen, images).backends()
         assert set().union(*asked.values()) == {"reference"}

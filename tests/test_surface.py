@@ -82,6 +82,7 @@ SCRIPTS = {
     "gpu_report": "--out --minutes --stages --dry-run",
     "kernels": "--ops --batch-size --dtype --device --time-budget --no-compile --output",
     "memory": "--models --variants --precision --batch-size --img-size --device --output",
+    "overhead": "--tokens --heads --precision --rounds --output",
     "report": "--check",
     "resources": "--arch --kind --dry-run --json",
     "scaling": "--batch-size --result --flops --efficiency --bandwidth --node --link --network --latency --overlap "

@@ -23,6 +23,7 @@ from ..ops.common.autograd import (
 from ..reference import attention as reference
 
 _BLOCK = 1 << 20  # scores at a time: measured best of 2**18 to 2**22
+_FEW = 1 << 15  # scores below which the library's kernel is faster
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float) -> Tensor:
@@ -36,6 +37,15 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float) -> 
     if dropout_p == 0 and wants_hand_written_backward(q, k, v):
         return _TwiceDifferentiable.apply(y, q, k, v, scale)
     return y
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """:func:`forward` without dropout, eagerly, for plain tensors of one dtype outside autocast."""
+    differentiate = wants_gradient(q, k, v)
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu" and _are_many(q):
+        return _Blocks.apply(q, k, v, scale) if differentiate else _by_blocks(q, k, v, scale)
+    y = F.scaled_dot_product_attention(q, k, v, scale=scale)
+    return _TwiceDifferentiable.apply(y, q, k, v, scale) if differentiate else y
 
 
 class _TwiceDifferentiable(torch.autograd.Function):
@@ -57,7 +67,12 @@ class _TwiceDifferentiable(torch.autograd.Function):
 def _in_blocks(q: Tensor) -> bool:
     if torch.compiler.is_compiling() or is_transformed():
         return False  # the number of blocks must not enter a graph
-    return q.device.type == "cpu" and product_dtype(q) == torch.bfloat16
+    return q.device.type == "cpu" and product_dtype(q) == torch.bfloat16 and _are_many(q)
+
+
+def _are_many(q: Tensor) -> bool:
+    batch, heads, tokens, _ = q.shape
+    return batch * heads * tokens * tokens >= _FEW
 
 
 def _extent(q: Tensor) -> tuple[int, int]:

@@ -17,13 +17,18 @@ from torch.utils.flop_counter import register_flop_formula
 from ..numerics import is_autocast, product_dtype
 from ..ops.common.autograd import in_dispatch_mode, is_exporting, is_transformed, may_overwrite, wants_gradient
 
+# Multiply-adds of a float32 matmul from which oneDNN's operator is faster: each call takes about 10 us to set up, and
+# with gradients it is a custom operator, three calls of it and autograd's.
+_SMALL = 3 << 18
+_SMALL_WITH_GRADIENTS = 1 << 22
+
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
     """(..., C) to (..., out)."""
     if not why_not_onednn(x, weight, bias):
         if gelu and wants_gradient(x, weight, bias):
-            return F.gelu(_linear(x, weight, bias, False))
-        return _linear(x, weight, bias, gelu)
+            return F.gelu(multiply(x, weight, bias, False))
+        return multiply(x, weight, bias, gelu)
     y = F.linear(x, weight, bias)
     if not gelu:
         return y
@@ -49,7 +54,17 @@ def why_not_onednn(x: Tensor, *weights: Tensor | None) -> str | None:
         return "a TorchDispatchMode knows library operations"
     if any(type(t) not in (Tensor, nn.Parameter) or t.device != x.device for t in tensors) or x.numel() == 0:
         return "oneDNN's operator is for plain tensors with values"
+    if not torch.compiler.is_compiling() and is_small(x, tensors[1]):
+        return "the matmul is small: setting up oneDNN's operator takes longer than it saves"
     return None
+
+
+def is_small(x: Tensor, weight: Tensor) -> bool:
+    """Whether a float32 matmul of ``x`` (..., C) and ``weight`` (out, C) is faster through ``F.linear``."""
+    if x.dtype != torch.float32:
+        return False
+    smallest = _SMALL_WITH_GRADIENTS if wants_gradient(x, weight) else _SMALL
+    return x.numel() * weight.shape[0] < smallest
 
 
 @torch.compiler.assume_constant_result
@@ -88,11 +103,11 @@ def multiply_packed(x: Tensor, packed: Tensor, bias: Tensor | None, gelu: bool) 
 @torch.library.custom_op(
     "t2t_fast::linear", mutates_args=(), schema="(Tensor x, Tensor weight, Tensor? bias, bool gelu) -> Tensor"
 )
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
     return multiply_packed(x, weight, bias, gelu)
 
 
-@_linear.register_fake
+@multiply.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
@@ -105,8 +120,8 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias = ctx.saved_tensors
     if ctx.gelu:
-        grad = torch.ops.aten.gelu_backward(grad, _linear(x, weight, bias, False))
-    dx = _linear(grad, weight.t(), None, False) if ctx.needs_input_grad[0] else None
+        grad = torch.ops.aten.gelu_backward(grad, multiply(x, weight, bias, False))
+    dx = multiply(grad, weight.t(), None, False) if ctx.needs_input_grad[0] else None
     d_weight = _weight_gradient(grad, x) if ctx.needs_input_grad[1] else None
     d_bias = grad.flatten(0, -2).sum(dim=0) if ctx.needs_input_grad[2] else None
     return dx, d_weight, d_bias, None
@@ -124,7 +139,7 @@ def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     return gradient.flatten(1)
 
 
-_linear.register_autograd(_differentiate, setup_context=_keep)
+multiply.register_autograd(_differentiate, setup_context=_keep)
 
 
 @register_flop_formula(torch.ops.t2t_fast.linear)

@@ -1,4 +1,4 @@
-"""A model for inference alone: norms folded away, weights cast and laid out once."""
+"""A model for inference alone: norms folded into Linears, weights cast and packed once."""
 
 from __future__ import annotations
 
@@ -88,13 +88,13 @@ def freeze(model: nn.Module, dtype: torch.dtype | None = None) -> FrozenT2TViT:
     """A copy of ``model`` for the fastest inference, with the same call.
 
     The weights and biases of the blocks' and token layers' LayerNorms go into the Linears behind them, dropout and
-    stochastic depth go, and weights are cast once and, for a CPU, rearranged for its products. Before it is returned,
+    stochastic depth go, and weights are cast once and, for a CPU, packed for its matmuls. Before the copy is returned,
     its logits for a batch of noise are compared with those of ``model``.
 
     Args:
-        model: A :class:`T2TViT`, or whatever :func:`t2t_fast.optimize` makes one of. It is left as it is. Whatever
-            hooks watch, adapters wrap or quantisers have replaced is taken over as it is, and so are weights that
-            several modules share. One that is frozen already is returned, or copied to another ``dtype``.
+        model: A :class:`T2TViT`, or whatever :func:`t2t_fast.optimize` makes one of. It is left as it is. Modules that
+            are hooked, wrapped by adapters or replaced by quantisers are copied unchanged, and so are weights that
+            several modules share. A frozen model is returned, or copied to another ``dtype``.
         dtype: Of the weights and the logits; None keeps the model's.
 
     Returns:
@@ -103,7 +103,8 @@ def freeze(model: nn.Module, dtype: torch.dtype | None = None) -> FrozenT2TViT:
     Raises:
         TypeError: ``model`` is no T2T-ViT, or ``dtype`` no floating-point dtype.
         ValueError: ``model`` is on the meta device, or has weights that are not finite.
-        RuntimeError: The logits are not finite in ``dtype``; or they differ by more than it explains: a bug to report.
+        RuntimeError: The logits are not finite in ``dtype``; or they differ by more than rounding explains, which is a
+            bug to report.
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in _ACCEPTED):
         raise TypeError(f"dtype must be one of {', '.join(map(str, _ACCEPTED))} or None, got {dtype!r}")
@@ -130,7 +131,7 @@ def freeze(model: nn.Module, dtype: torch.dtype | None = None) -> FrozenT2TViT:
     if dtype != own:
         notes.append(f"weights cast from {own} to {dtype}")
     packed = sum(_pack(module, twin.backend) for module in (*twin.blocks, twin))
-    notes.append(f"{packed} Linears laid out for inference")
+    notes.append(f"{packed} Linears packed for inference")
     frozen = FrozenT2TViT(twin, notes)
     notes.append(_compare(model, frozen))
     return frozen
@@ -144,10 +145,10 @@ def _recast(frozen: FrozenT2TViT, dtype: torch.dtype) -> FrozenT2TViT:
 
 
 def _fold_norms(module: Any, uses: Counter[int]) -> int:
-    """Fold the two norms of a block or a token layer; returns how many could be, none in any other module.
+    """Fold the two norms of a block or a token layer into the Linears behind them; returns how many were folded.
 
-    Not where somebody watches what lies in between, or the Linear's weights, of which ``uses`` counts the owners, serve
-    elsewhere too.
+    A norm stays where a module in between is hooked, or where a Linear's weights serve other modules, too (``uses``
+    counts the owners of each weight).
     """
     folded = 0
     for name, branch, linears in _norms_of(module):
@@ -166,7 +167,7 @@ def _fold_norms(module: Any, uses: Counter[int]) -> int:
 
 
 def _norms_of(module: Any) -> list[tuple[str, Any, list[Any]]]:
-    """For each norm its name, the branch called with what it returns, and the Linears that this calls first."""
+    """For each norm: its name, the branch behind it, and the Linears that the branch applies to its input."""
     if is_patched(module):
         return []
     if type(module) is TokenPerformer:
@@ -178,7 +179,7 @@ def _norms_of(module: Any) -> list[tuple[str, Any, list[Any]]]:
 
 
 def _behind(branch: Any) -> list[Any]:
-    """The Linears that a branch calls first, on what it was called with; none if it is no branch of ours."""
+    """The Linears that a branch applies to its input; none for a branch of another package."""
     if type(branch) is GhostAttention:
         return [branch.q, branch.k, branch.v]
     if type(branch) in (Attention, TokenAttention):
@@ -190,7 +191,7 @@ def _behind(branch: Any) -> list[Any]:
 def _fold(norm: Any, linear: Any, centre: bool) -> None:
     """W (gamma z + beta) + b = (W gamma) z + (W beta + b), on the CPU: not every device has float64.
 
-    To ``centre`` is to take each row's mean out of W gamma, which changes nothing since z has the mean 0.
+    ``centre`` takes each row's mean out of W gamma, which changes nothing: z has the mean 0.
     """
     weight = linear.weight.cpu().double()
     if norm.bias is not None:

@@ -14,8 +14,7 @@ from ..dispatch import Decision, is_explaining, tell
 from ..ops import attention
 from ..reference.attention import scores, weigh
 from .mlp import apply_linear
-from .packed_linear import PackedLinear
-from .plain import are_plain, dropout_rate, is_watched
+from .plain import dropout_rate, is_watched
 from .se import SELayer
 
 torch.fx.wrap("attention")
@@ -70,30 +69,17 @@ class Attention(nn.Module):
 
     @property
     def adds_residual(self) -> bool:
-        """Whether the gate comes last, so that its pass can add the residual; see ``add_branch``."""
+        """Whether the gate comes last, whose pass can add the residual; see ``add_branch``."""
         gated = type(self) is Attention and type(self.se_layer) is SELayer and not is_watched(self.se_layer)
         return gated and dropout_rate(self.proj_drop) == 0
 
-    @property
-    def takes_norm(self) -> bool:
-        """Whether the first product can apply the norm in front of it; see ``add_branch``."""
-        packed = type(self.qkv) is PackedLinear and not is_watched(self.qkv)
-        return type(self) is Attention and (packed or are_plain(self.qkv))
+    def forward(self, x: Tensor, residual: Tensor | None = None, branch_scale: Tensor | None = None) -> Tensor:
+        """``proj(attention(qkv(x)))`` and the gate if there is one: (B, N, C) to (B, N, C).
 
-    def forward(
-        self,
-        x: Tensor,
-        residual: Tensor | None = None,
-        branch_scale: Tensor | None = None,
-        norm: nn.LayerNorm | None = None,
-    ) -> Tensor:
-        """(B, N, C) to (B, N, C).
-
-        ``residual`` and ``branch_scale``, where it ``adds_residual``, are as for :func:`t2t_fast.ops.se_gate`; a plain
-        ``norm``, where it ``takes_norm``, is applied to ``x`` first.
+        ``residual`` and ``branch_scale``, where the module ``adds_residual``, are as for :func:`t2t_fast.ops.se_gate`.
         """
         # Chunks before heads: their gradients are put together where the projection's backward reads them.
-        q, k, v = apply_linear(x, self.qkv, self.backend, norm).chunk(3, dim=-1)
+        q, k, v = apply_linear(x, self.qkv, self.backend).chunk(3, dim=-1)
         q, k, v = self._split_heads(q), self._split_heads(k), self._split_heads(v)
         y = attend(q, k, v, self.scale, self.attn_drop, self.fused_attn, self.backend)
         y = apply_linear(y.transpose(1, 2).flatten(2), self.proj, self.backend)
@@ -107,11 +93,10 @@ class Attention(nn.Module):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, drop: Any, fused: bool, backend: str) -> Tensor:
-    """``drop(softmax(scale q kᵀ)) v``, (B, heads, N, D): through :func:`t2t_fast.ops.attention` if that is the same.
+    """``drop(softmax(scale q kᵀ)) v``, (B, heads, N, D), through :func:`t2t_fast.ops.attention` where possible.
 
-    Where somebody watches or has replaced ``drop``, it is called with the weights (B, heads, N, N), float32 or better,
-    and what it returns multiplies ``v``. So it is where timm's ``set_fused_attn(False)`` holds, or held when the layer
-    was made (``fused`` is false).
+    ``drop`` is called with the attention weights (B, heads, N, N), float32 or better, if it is hooked or replaced, and
+    if timm's fused attention is off, now (``set_fused_attn(False)``) or when the layer was made (``fused`` is false).
     """
     rate = dropout_rate(drop)
     if rate is not None and fused and use_fused_attn():

@@ -12,10 +12,12 @@ from torch.types import Device
 
 from ..checks import LARGEST, check_real, factory_options
 from ..ops import linear
+from ..ops.block.whole import whole_block
 from .attention import Attention
-from .branch import add_two_branches
+from .branch import add_and_norm, add_branch, adds_residual, drop_path_scale
 from .ghost import GhostAttention, GhostMlp
-from .mlp import Mlp, apply_linear
+from .known_block import KnownBlock, known_block
+from .mlp import Mlp, apply_linear, apply_norm
 from .plain import are_plain
 from .se import SEMlp
 
@@ -48,6 +50,8 @@ class Block(nn.Module):
         ValueError: Unknown ``block_type``; an ``mlp_ratio`` that leaves no hidden channel; for ``"ghost"``, one other
             than 3 or an odd ``dim``.
     """
+
+    _known: KnownBlock | None = None  # kept from call to call
 
     def __init__(
         self,
@@ -94,8 +98,23 @@ class Block(nn.Module):
             self.mlp = Mlp(dim, hidden_dim, drop, backend, **options)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, N, C) to (B, N, C)."""
-        return add_two_branches(x, self.attn, self.norm1, self.mlp, self.norm2, self.drop_path)
+        """``x = x + drop_path(attn(norm1(x)))``, then ``x + drop_path(mlp(norm2(x)))``: (B, N, C) to (B, N, C)."""
+        known = known_block(self, x, self._known)
+        if known is not None:  # a block as it was made: the same formula, without choosing op by op
+            self._known = known
+            scales = drop_path_scale(self.drop_path, x), drop_path_scale(self.drop_path, x)
+            return whole_block(x, known.weights, scales)
+        y = apply_norm(x, self.norm1)
+        if adds_residual(self.attn, self.drop_path):  # with a gate, in whose pass the sum is free
+            x = add_branch(x, y, self.attn, self.drop_path)
+            y = apply_norm(x, self.norm2)
+        else:
+            backend = getattr(self.attn, "backend", "auto")
+            x, y = add_and_norm(x, self.attn(y), self.norm2, self.drop_path, backend)
+        return add_branch(x, y, self.mlp, self.drop_path)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_known"}
 
 
 class DenseBlock(Block):

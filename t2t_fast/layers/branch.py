@@ -15,48 +15,25 @@ from .plain import are_plain, is_watched
 torch.fx.wrap("add_layer_norm")
 
 
-def add_branch(x: Tensor, branch: nn.Module, norm: nn.Module, drop_path: nn.Module | None = None) -> Tensor:
-    """``x + drop_path(branch(norm(x)))``; a branch that can adds ``x`` in the last of its own passes.
-
-    Not where somebody watches the branch, or ``drop_path`` is a module of another kind.
-    """
-    return _finish(x, branch, drop_path, *_prepare(x, branch, norm))
-
-
-def add_two_branches(
-    x: Tensor,
-    first: Any,
-    first_norm: nn.Module,
-    second: nn.Module,
-    second_norm: nn.Module,
-    drop_path: nn.Module,
-) -> Tensor:
-    """Two :func:`add_branch` in a row, with the sum and the norm in between as one op where that is the same."""
-    norm: Any = second_norm
-    if _adds_residual(first, drop_path) or not (_is_known(drop_path) and are_plain(norm)):
-        return add_branch(add_branch(x, first, first_norm, drop_path), second, norm, drop_path)
-    y, options = _prepare(x, first, first_norm)
-    scale = drop_path_scale(drop_path, x)
-    y, backend = first(y, **options), getattr(first, "backend", "auto")
-    x, y = add_layer_norm(x, y, norm.weight, norm.bias, eps=norm.eps, branch_scale=scale, backend=backend)
-    return _finish(x, second, drop_path, y, {})
-
-
-def _prepare(x: Tensor, branch: Any, norm: nn.Module) -> tuple[Tensor, dict[str, Any]]:
-    """What the branch is called with: one that ``takes_norm`` gets a plain norm, for its first product to apply."""
-    if getattr(branch, "takes_norm", False) and are_plain(norm) and not is_watched(branch):
-        return x, {"norm": norm}
-    return apply_norm(x, norm), {}
-
-
-def _finish(x: Tensor, branch: nn.Module, drop_path: nn.Module | None, y: Tensor, options: dict[str, Any]) -> Tensor:
-    if _adds_residual(branch, drop_path):
-        return branch(y, residual=x, branch_scale=drop_path_scale(drop_path, x), **options)
-    y = branch(y, **options)
+def add_branch(x: Tensor, y: Tensor, branch: Any, drop_path: nn.Module | None = None) -> Tensor:
+    """``x + drop_path(branch(y))``; a branch that ``adds_residual`` adds ``x`` in the last of its own passes."""
+    if adds_residual(branch, drop_path):
+        return branch(y, residual=x, branch_scale=drop_path_scale(drop_path, x))
+    y = branch(y)
     return x + (y if drop_path is None else drop_path(y))
 
 
-def _adds_residual(branch: nn.Module, drop_path: nn.Module | None) -> bool:
+def add_and_norm(x: Tensor, y: Tensor, norm: Any, drop_path: nn.Module, backend: str) -> tuple[Tensor, Tensor]:
+    """``s = x + drop_path(y)`` and ``norm(s)``: one op, unless a module must be called."""
+    if _is_known(drop_path) and are_plain(norm):
+        scale = drop_path_scale(drop_path, x)
+        return add_layer_norm(x, y, norm.weight, norm.bias, eps=norm.eps, branch_scale=scale, backend=backend)
+    x = x + drop_path(y)
+    return x, apply_norm(x, norm)
+
+
+def adds_residual(branch: nn.Module, drop_path: nn.Module | None) -> bool:
+    """Whether ``branch`` takes ``residual`` and ``branch_scale`` in place of the sum behind it."""
     return _is_known(drop_path) and not is_watched(branch) and bool(getattr(branch, "adds_residual", False))
 
 

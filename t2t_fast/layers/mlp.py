@@ -10,12 +10,10 @@ from torch import Tensor, nn
 from torch.types import Device
 
 from ..aten.layer_norm_linear import layer_norm
-from ..checks import factory_options
-from ..ops import layer_norm_linear, linear, mlp
-from .packed_linear import PackedLinear
+from ..checks import check_alike, factory_options
+from ..ops import linear, mlp
 from .plain import are_plain, dropout_rate, is_watched
 
-torch.fx.wrap("layer_norm_linear")
 torch.fx.wrap("linear")
 torch.fx.wrap("mlp")
 
@@ -46,7 +44,7 @@ class Mlp(timm.layers.Mlp):
 
     @property
     def adds_residual(self) -> bool:
-        """Whether the op runs, which can add the residual; see ``add_branch``."""
+        """Whether :func:`t2t_fast.ops.mlp` runs, which can add the residual; see ``add_branch``."""
         if type(self) is not Mlp or not are_plain(self.fc1, self.act, self.fc2):
             return False
         dropouts = (self.drop1, self.drop2)
@@ -57,7 +55,7 @@ class Mlp(timm.layers.Mlp):
         )
 
     def forward(self, x: Tensor, residual: Tensor | None = None, branch_scale: Tensor | None = None) -> Tensor:
-        """(B, N, C) to (B, N, C); the last two, where it ``adds_residual``, as for :func:`t2t_fast.ops.mlp`."""
+        """(B, N, C) to (B, N, C); where the module ``adds_residual``, the others are as for the op."""
         if residual is None and not self.adds_residual:
             return super().forward(x)
         fc1, fc2 = self.fc1, self.fc2
@@ -65,23 +63,14 @@ class Mlp(timm.layers.Mlp):
         return mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, **branch, backend=self.backend)
 
 
-def apply_linear(x: Tensor, module: Any, backend: str, norm: nn.LayerNorm | None = None) -> Tensor:
-    """``module(norm(x))``, through :func:`t2t_fast.ops.linear` or ``layer_norm_linear`` if that is the same.
-
-    ``norm`` must be plain; with it, so must ``module``, or a :class:`PackedLinear`.
-    """
-    if isinstance(module, PackedLinear):
-        return module(x) if norm is None else module(x, norm)
-    if norm is not None:
-        weights = (module.weight, module.bias, norm.weight, norm.bias)
-        return layer_norm_linear(x, *weights, eps=norm.eps, backend=backend)
-    if not are_plain(module):
-        return module(x)
-    return linear(x, module.weight, module.bias, backend=backend)
+def apply_linear(x: Tensor, module: Any, backend: str) -> Tensor:
+    """``module(x)``, through :func:`t2t_fast.ops.linear` if that is the same."""
+    return linear(x, module.weight, module.bias, backend=backend) if are_plain(module) else module(x)
 
 
 def apply_norm(x: Tensor, norm: Any) -> Tensor:
     """``norm(x)``, through :func:`t2t_fast.aten.layer_norm_linear.layer_norm` if that is the same."""
     if isinstance(x, Tensor) and are_plain(norm):  # a tracer's proxy is no Tensor
+        check_alike("x", x, ("the LayerNorm's weight", norm.weight))
         return layer_norm(x, norm.weight, norm.bias, norm.eps)
     return norm(x)

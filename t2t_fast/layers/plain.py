@@ -1,7 +1,7 @@
-"""What an op may stand in for: modules as they were made, whose weights are plain tensors and which nobody watches.
+"""When an op may run in place of a module: a plain one, whose weights are plain tensors, neither hooked nor patched.
 
-Everything else is called: adapters, quantised and parametrised layers, hooked or patched modules, and all of them while
-one of torch's global hooks is registered.
+Every other module is called: adapters, quantised and parametrised layers, hooked or patched modules, and every module
+while one of torch's global hooks is registered.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ _DTYPES = frozenset(FLOAT_DTYPES)
 
 
 def are_plain(*modules: Any) -> bool:
-    """Whether an op may stand in for calling these modules.
+    """Whether an op may run in place of these modules.
 
-    They are torch's own Linear, LayerNorm over the channels or exact GELU, with plain weights, and nobody watches them.
+    Plain modules are torch's own Linear, LayerNorm over the channels and exact GELU, with plain weights and no hooks.
     """
     if _has_any_global_hook():
         return False
@@ -47,7 +47,7 @@ def are_plain(*modules: Any) -> bool:
 
 
 def is_plain_weight(weight: Any) -> bool:
-    """Whether an op knows this tensor: no subclass with arithmetic of its own, strided, of a floating dtype."""
+    """Whether this is a strided floating-point tensor of no subclass with arithmetic of its own."""
     return type(weight) in _PLAIN_TENSORS and weight.dtype in _DTYPES and weight.layout is torch.strided
 
 
@@ -60,7 +60,7 @@ def has_no_weights(norm: Any) -> bool:
 
 
 def dropout_rate(module: Any) -> float | None:
-    """The rate at which an op may drop in place of ``module``, 0 in evaluation; None if ``module`` must be called."""
+    """The rate of a Dropout, 0 in evaluation and for an Identity; None if ``module`` must be called."""
     if type(module) not in (nn.Dropout, nn.Identity) or is_watched(module):
         return None
     return module.p if type(module) is nn.Dropout and module.training else 0.0

@@ -57,7 +57,7 @@ class SELayer(nn.Module):
 
     @property
     def is_plain(self) -> bool:
-        """Whether the gate's parts are as they were made, and nobody watches them."""
+        """Whether the gate's parts are as they were made, and not hooked."""
         parts = list(self.fc._modules.values())
         if type(self.fc) is not nn.Sequential or [type(part) for part in parts] != _PARTS:
             return False
@@ -66,7 +66,7 @@ class SELayer(nn.Module):
         return without_bias and are_plain(reduce, expand) and not is_watched(self.fc, relu, sigmoid)
 
     def forward(self, x: Tensor, residual: Tensor | None = None, branch_scale: Tensor | None = None) -> Tensor:
-        """(B, N, C) to (B, N, C); the last two as for :func:`t2t_fast.ops.se_gate`."""
+        """(B, N, C) to (B, N, C); ``residual`` and ``branch_scale`` as for :func:`t2t_fast.ops.se_gate`."""
         if not self.is_plain:
             return add_branch(x * self.fc(x.mean(dim=1)).unsqueeze(1), residual, branch_scale)
         reduce, expand = self.fc[0].weight, self.fc[2].weight
@@ -111,7 +111,7 @@ class SEMlp(nn.Module):
         return type(self) is SEMlp and type(self.se_layer) is SELayer and not is_watched(self.se_layer)
 
     def forward(self, x: Tensor, residual: Tensor | None = None, branch_scale: Tensor | None = None) -> Tensor:
-        """(B, N, C) to (B, N, C); the last two, where it ``adds_residual``, as for :func:`t2t_fast.ops.se_mlp`."""
+        """(B, N, C) to (B, N, C); where the module ``adds_residual``, the others are as for the op."""
         plain_gate = self.adds_residual and self.se_layer.is_plain
         if not (plain_gate and dropout_rate(self.drop) == 0 and are_plain(self.fc1, self.act, self.fc2)):
             y = self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))

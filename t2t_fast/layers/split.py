@@ -23,7 +23,7 @@ def split_linear(
     backend: str,
     folded: bool = False,
 ) -> Tensor:
-    """``linear(norm(soft_split(x)))``, (B, L, out); as one op, unless one of both was replaced or is watched.
+    """``linear(norm(soft_split(x)))``, (B, L, out): one op, unless ``linear`` or ``norm`` was replaced or hooked.
 
     Args:
         x: Image (B, C, H, W), or tokens (B, H*W, C) with ``grid=(H, W)``.
@@ -32,7 +32,7 @@ def split_linear(
         window: Kernel size, stride and padding.
         grid: Height and width of a token grid.
         backend: Passed to the ops.
-        folded: ``norm`` has no weights, and ``linear`` those of :func:`t2t_fast.ops.soft_split_linear` for that case.
+        folded: The weights of ``norm`` are in ``linear``; see :func:`t2t_fast.ops.soft_split_linear`.
     """
     unseen = has_no_weights(norm) and not folded
     if unseen or not are_plain(linear, *(() if norm is None else (norm,))):

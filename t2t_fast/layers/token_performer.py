@@ -122,7 +122,7 @@ class TokenPerformer(nn.Module):
         )
 
     def _dropout_rates(self) -> tuple[float, float] | None:
-        """The rates of both dropouts; None if a part must be called, which the op cannot stand in for."""
+        """The rates of both dropouts; None if a part was replaced or hooked, and so must be called."""
         if type(self.mlp) is not nn.Sequential or len(self.mlp) != 4 or is_watched(self.mlp):
             return None
         *mlp, drop = self.mlp._modules.values()
@@ -133,7 +133,7 @@ class TokenPerformer(nn.Module):
         return None if rates[0] is None or rates[1] is None else (rates[0], rates[1])
 
     def _call_parts(self, x: Tensor, grid: tuple[int, int] | None) -> Tensor:
-        """The same module by module, for parts that somebody has replaced or watches."""
+        """The same module by module, for parts that were replaced or hooked."""
         tokens = soft_split(x, *self.window, grid=grid, backend=self.backend)
         k, q, v = self.kqv(self.norm1(tokens)).chunk(3, dim=-1)
         y = performer_attention(k, q, v, self.w, eps=self.epsilon, backend=self.backend)

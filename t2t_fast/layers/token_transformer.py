@@ -13,7 +13,7 @@ from ..checks import factory_options
 from ..ops import soft_split
 from .attention import attend
 from .branch import add_branch
-from .mlp import Mlp, apply_linear
+from .mlp import Mlp, apply_linear, apply_norm
 from .plain import is_watched
 from .split import split_linear
 
@@ -66,7 +66,7 @@ class TokenTransformer(nn.Module):
             y = self.attn(x, split)
         else:
             y = self.attn(self.norm1(soft_split(x, *self.window, grid=grid, backend=self.backend)))
-        return add_branch(y, self.mlp, self.norm2)
+        return add_branch(y, apply_norm(y, self.norm2), self.mlp)
 
 
 class TokenAttention(nn.Module):

@@ -101,7 +101,7 @@ class TokensToToken(nn.Module):
         return self._forward(x)
 
     def _first_weight(self) -> Tensor | None:
-        """The weight that images meet first; None where a module of another kind stands there."""
+        """The weight of the first Linear or convolution; None if another kind of module took its place."""
         layer: Any = self.soft_split0 if self.tokens_type == "convolution" else self.attention1
         linear = getattr(layer, "kqv", None) or getattr(getattr(layer, "attn", None), "qkv", layer)
         if type(linear) not in (nn.Linear, nn.Conv2d):
@@ -121,7 +121,7 @@ class TokensToToken(nn.Module):
 def check_images(x: Tensor, in_chans: int, weight: Tensor | None = None) -> None:
     """Raise unless ``x`` is a batch of images (B, in_chans, H, W) on which the first window fits.
 
-    With ``weight``, one of the model's, both must be of one dtype, which autocast would otherwise see to.
+    With ``weight``, one of the model's, both must have one dtype, except under autocast.
     """
     check_tensor("images", x, 4)
     if weight is not None:
@@ -137,7 +137,7 @@ def check_images(x: Tensor, in_chans: int, weight: Tensor | None = None) -> None
 
 
 def _in_chunks(x: object, backend: str) -> bool:
-    """Whether to work through the batch in chunks: inference on the CPU, eagerly, but not of the literal form."""
+    """Whether to run the batch in chunks: in eager inference on the CPU, but not for the ``reference`` backend."""
     if not isinstance(x, Tensor) or torch.is_grad_enabled():  # a tracer's proxy is no Tensor
         return False
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # the number of chunks must not enter a graph

@@ -37,6 +37,20 @@ def is_transformed() -> bool:
     return torch.jit.is_tracing() or torch._C._are_functorch_transforms_active() or forward_mode()
 
 
+def is_plain_eager(x: Any) -> bool:
+    """Whether ``x`` is a plain tensor whose result nobody compiles, traces, transforms, casts or counts.
+
+    Autocast counts on the CPU alone: on other devices, library operations heed it themselves.
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or type(x) is not Tensor
+        or is_transformed()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or (x.device.type == "cpu" and torch.is_autocast_enabled("cpu"))
+    )
+
+
 def in_dispatch_mode() -> bool:
     """Whether a ``TorchDispatchMode`` sees every operation: counters of FLOPs, for one, know the library's alone."""
     return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
