@@ -1,5 +1,5 @@
 // The large products, which belong to the library: oneDNN for float32 on the CPU, ATen's matrix product elsewhere.
-// PyTorch gives float32 to MKL, which takes twice the time on CPUs of AMD.
+// PyTorch gives float32 to MKL, which took 1.15 times and twice the time on the two AMD CPUs it was measured on.
 #pragma once
 
 #include <ATen/core/Tensor.h>

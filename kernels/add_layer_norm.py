@@ -15,8 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .launch import Launch, chip_of
-from .rows import whole_block
+from .launch import Launch, chip_of, whole_block
 from .windows import GROW_WITH_THE_BATCH
 
 # Channels that a block holds in registers.

@@ -89,6 +89,11 @@ def is_interpreted(kernel: Any) -> bool:
     return not isinstance(kernel, triton.runtime.JITFunction)
 
 
+def whole_block(size: int) -> int:
+    """The block that holds all of ``size``."""
+    return max(16, triton.next_power_of_2(size))
+
+
 def precision(dtype: torch.dtype) -> str:
     """How ``tl.dot`` multiplies values of ``dtype``: float32 obeys torch.get_float32_matmul_precision()."""
     return "tf32" if dtype == torch.float32 and not ieee_float32() else "ieee"

@@ -5,6 +5,8 @@ The first pass sums, per image and feature, over the keys; the second divides, p
     S = Σ exp(e_k - b)        A = Σ exp(e_k - b) vᵀ        e_z = w z - |z|²/2,   b = max over the keys of e_k
     y = p A,    p = exp(e_q + b - a) / (exp(e_q + b - a) · S + eps m exp(-a)),   a = max over the features of e_q + b
 
+In code b is ``largest``, S ``total``, A ``summary`` (together the sums), and p ``weights``.
+
 This is the definition, numerator and denominator divided by exp(a) / m, eps included. No exponential exceeds 1, S is at
 least 1, and so is the denominator: the feature that attains a has exp(0) times its S. Hence nothing overflows, nothing
 divides by zero, and no ratio loses its digits, whatever the keys and queries. Where exp(-a) overflows the definition
@@ -21,8 +23,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..ops.performer.arguments import Sums
 from . import configs
-from .launch import Config, Launch, precision
+from .launch import Config, Launch, precision, whole_block
 from .rows import (
     Rows,
     load_matrix,
@@ -32,7 +35,6 @@ from .rows import (
     store_matrix,
     store_rows,
     store_vector,
-    whole_block,
 )
 
 
@@ -50,28 +52,36 @@ def exponents_of(z, w, EXPONENT_PRECISION: tl.constexpr):
 
 
 @triton.jit
-def load_sums(largest_ptr, total_ptr, summary_ptr, image, features, channels, sizes):
-    """b, S and A of one image, or what is laid out like them."""
-    dtype: tl.constexpr = total_ptr.dtype.element_ty
+def load_sums(sums, image, features, channels, sizes):
+    """Largest, total and summary of one image."""
+    dtype: tl.constexpr = sums.total.dtype.element_ty
     row = image.to(tl.int64) * sizes.features
-    largest = load_vector(largest_ptr + row, features, sizes.features, dtype)
-    total = load_vector(total_ptr + row, features, sizes.features, dtype)
-    summary = load_matrix(summary_ptr + row * sizes.dim, features, channels, sizes.features, sizes.dim, dtype)
+    largest = load_vector(sums.largest + row, features, sizes.features, dtype)
+    total = load_vector(sums.total + row, features, sizes.features, dtype)
+    summary = load_matrix(sums.summary + row * sizes.dim, features, channels, sizes.features, sizes.dim, dtype)
     return largest, total, summary
 
 
 @triton.jit
-def store_sums(largest_ptr, total_ptr, summary_ptr, largest, total, summary, features, channels, sizes):
+def store_sums(sums, largest, total, summary, features, channels, sizes):
     """Those of this program's range of tokens."""
     row = tl.program_id(0).to(tl.int64) * sizes.features
-    store_vector(largest_ptr + row, largest, features, sizes.features)
-    store_vector(total_ptr + row, total, features, sizes.features)
-    store_matrix(summary_ptr + row * sizes.dim, summary, features, channels, sizes.features, sizes.dim)
+    store_vector(sums.largest + row, largest, features, sizes.features)
+    store_vector(sums.total + row, total, features, sizes.features)
+    store_matrix(sums.summary + row * sizes.dim, summary, features, channels, sizes.features, sizes.dim)
+
+
+@triton.jit
+def store_sum_gradients(d_total_ptr, d_summary_ptr, d_total, d_summary, features, channels, sizes):
+    """What this program's range of tokens passes on to the total and to the summary."""
+    row = tl.program_id(0).to(tl.int64) * sizes.features
+    store_vector(d_total_ptr + row, d_total, features, sizes.features)
+    store_matrix(d_summary_ptr + row * sizes.dim, d_summary, features, channels, sizes.features, sizes.dim)
 
 
 @triton.jit
 def add_keys(exponents, v, live, largest, total, summary, PRECISION: tl.constexpr):
-    """b, S and A with a tile of keys, (tokens, features), and its values added."""
+    """Largest, total and summary with a tile of keys' exponents, (tokens, features), and its values added."""
     risen = tl.maximum(largest, tl.max(tl.where(live[:, None], exponents, -1e30), 0))
     phi = tl.where(live[:, None], tl.exp(exponents - risen[None, :]), 0.0)
     factor = tl.exp(largest - risen)
@@ -82,7 +92,7 @@ def add_keys(exponents, v, live, largest, total, summary, PRECISION: tl.constexp
 
 @triton.jit
 def attention_weights(exponents, largest, total, mask_feature, num_features, EPS: tl.constexpr):
-    """p of a tile of queries from their exponents, (tokens, features)."""
+    """The weights of a tile of queries from their exponents, (tokens, features)."""
     exponents = tl.where(mask_feature[None, :], exponents + largest[None, :], -3e30)
     top = tl.max(exponents, 1)
     phi = tl.exp(exponents - top[:, None])
@@ -93,13 +103,29 @@ def attention_weights(exponents, largest, total, mask_feature, num_features, EPS
 
 
 @triton.jit
+def query_backward(
+    grad, q, weights, w, total, summary, d_total, d_summary, PRECISION: tl.constexpr, dtype: tl.constexpr
+):
+    """dq of a tile, the gradient of its exponents, and those of total and summary with the tile's share added.
+
+    ``grad`` is the gradient of the tile's y.
+    """
+    d_weights = tl.dot(grad, tl.trans(summary), input_precision=PRECISION, out_dtype=dtype)
+    along = tl.sum(weights * d_weights, 1)
+    d_exponents = weights * (d_weights - along[:, None] * total[None, :])
+    dq = tl.dot(d_exponents, w, input_precision=PRECISION, out_dtype=dtype)
+    dq -= q * tl.sum(d_exponents, 1)[:, None]
+    d_total -= tl.sum(along[:, None] * weights, 0)
+    d_summary = tl.dot(tl.trans(weights), grad, d_summary, input_precision=PRECISION, out_dtype=dtype)
+    return dq, d_exponents, d_total, d_summary
+
+
+@triton.jit
 def _performer_attention_summary_kernel(
     k_ptr,
     v_ptr,
     w_ptr,
-    largest_ptr,
-    total_ptr,
-    summary_ptr,
+    sums,
     k_rows,
     v_rows,
     sizes,
@@ -109,8 +135,8 @@ def _performer_attention_summary_kernel(
     BLOCK_FEATURES: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ):
-    """b, S and A of one range of keys, relative to the range's own b."""
-    dtype: tl.constexpr = total_ptr.dtype.element_ty
+    """The sums over one range of keys, relative to the range's own largest exponent."""
+    dtype: tl.constexpr = sums.total.dtype.element_ty
     image, split = tl.program_id(0) // sizes.splits, tl.program_id(0) % sizes.splits
     feature, channel = tl.arange(0, BLOCK_FEATURES), tl.arange(0, BLOCK_DIM)
     w = load_matrix(w_ptr, feature, channel, sizes.features, sizes.dim, dtype)
@@ -124,16 +150,14 @@ def _performer_attention_summary_kernel(
         v = load_rows(v_ptr, image, token, channel, v_rows, sizes, dtype)
         exponents = exponents_of(k, w, EXPONENT_PRECISION)
         largest, total, summary = add_keys(exponents, v, token < sizes.tokens, largest, total, summary, PRECISION)
-    store_sums(largest_ptr, total_ptr, summary_ptr, largest, total, summary, feature, channel, sizes)
+    store_sums(sums, largest, total, summary, feature, channel, sizes)
 
 
 @triton.jit
 def _performer_attention_query_kernel(
     q_ptr,
     w_ptr,
-    largest_ptr,
-    total_ptr,
-    summary_ptr,
+    sums,
     y_ptr,
     q_rows,
     y_rows,
@@ -145,12 +169,12 @@ def _performer_attention_query_kernel(
     BLOCK_FEATURES: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ):
-    dtype: tl.constexpr = total_ptr.dtype.element_ty
+    dtype: tl.constexpr = sums.total.dtype.element_ty
     image, split = tl.program_id(0) // sizes.splits, tl.program_id(0) % sizes.splits
     feature, channel = tl.arange(0, BLOCK_FEATURES), tl.arange(0, BLOCK_DIM)
     mask_feature = feature < sizes.features
     w = load_matrix(w_ptr, feature, channel, sizes.features, sizes.dim, dtype)
-    largest, total, summary = load_sums(largest_ptr, total_ptr, summary_ptr, image, feature, channel, sizes)
+    largest, total, summary = load_sums(sums, image, feature, channel, sizes)
     first = split * sizes.per_split
     for start in range(first, tl.minimum(first + sizes.per_split, sizes.tokens), BLOCK_TOKENS):
         token = start + tl.arange(0, BLOCK_TOKENS)
@@ -166,9 +190,7 @@ def _performer_attention_backward_query_kernel(
     grad_ptr,
     q_ptr,
     w_ptr,
-    largest_ptr,
-    total_ptr,
-    summary_ptr,
+    sums,
     dq_ptr,
     d_total_ptr,
     d_summary_ptr,
@@ -185,13 +207,13 @@ def _performer_attention_backward_query_kernel(
     BLOCK_FEATURES: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ):
-    """dq, and of one range of queries what they pass on to S, A and w."""
-    dtype: tl.constexpr = total_ptr.dtype.element_ty
+    """dq, and what the weights of one range of queries pass on to total, summary and w."""
+    dtype: tl.constexpr = sums.total.dtype.element_ty
     image, split = tl.program_id(0) // sizes.splits, tl.program_id(0) % sizes.splits
     feature, channel = tl.arange(0, BLOCK_FEATURES), tl.arange(0, BLOCK_DIM)
     mask_feature = feature < sizes.features
     w = load_matrix(w_ptr, feature, channel, sizes.features, sizes.dim, dtype)
-    largest, total, summary = load_sums(largest_ptr, total_ptr, summary_ptr, image, feature, channel, sizes)
+    largest, total, summary = load_sums(sums, image, feature, channel, sizes)
     d_total = tl.zeros((BLOCK_FEATURES,), dtype)
     d_summary = tl.zeros((BLOCK_FEATURES, BLOCK_DIM), dtype)
     dw = tl.zeros((BLOCK_FEATURES, BLOCK_DIM), dtype)
@@ -202,20 +224,15 @@ def _performer_attention_backward_query_kernel(
         grad = load_rows(grad_ptr, image, token, channel, grad_rows, sizes, dtype)  # zero beyond the last token
         exponents = exponents_of(q, w, EXPONENT_PRECISION)
         weights = attention_weights(exponents, largest, total, mask_feature, sizes.features, EPS)
-        d_weights = tl.dot(grad, tl.trans(summary), input_precision=PRECISION, out_dtype=dtype)
-        along = tl.sum(weights * d_weights, 1)
-        d_exponents = weights * (d_weights - along[:, None] * total[None, :])
-        dq = tl.dot(d_exponents, w, input_precision=PRECISION, out_dtype=dtype)
-        dq -= q * tl.sum(d_exponents, 1)[:, None]
+        dq, d_exponents, d_total, d_summary = query_backward(
+            grad, q, weights, w, total, summary, d_total, d_summary, PRECISION, dtype
+        )
         store_rows(dq_ptr, dq, image, token, channel, dq_rows, sizes)
-        d_total -= tl.sum(along[:, None] * weights, 0)
-        d_summary = tl.dot(tl.trans(weights), grad, d_summary, input_precision=PRECISION, out_dtype=dtype)
         if NEEDS_DW:
             dw = tl.dot(tl.trans(d_exponents), q, dw, input_precision=PRECISION, out_dtype=dtype)
-    row = tl.program_id(0).to(tl.int64) * sizes.features
-    store_vector(d_total_ptr + row, d_total, feature, sizes.features)
-    store_matrix(d_summary_ptr + row * sizes.dim, d_summary, feature, channel, sizes.features, sizes.dim)
+    store_sum_gradients(d_total_ptr, d_summary_ptr, d_total, d_summary, feature, channel, sizes)
     if NEEDS_DW:
+        row = tl.program_id(0).to(tl.int64) * sizes.features
         store_matrix(dw_ptr + row * sizes.dim, dw, feature, channel, sizes.features, sizes.dim)
 
 
@@ -224,9 +241,7 @@ def _performer_attention_backward_key_kernel(
     k_ptr,
     v_ptr,
     w_ptr,
-    largest_ptr,
-    d_total_ptr,
-    d_summary_ptr,
+    d_sums,
     dk_ptr,
     dv_ptr,
     dw_ptr,
@@ -244,12 +259,12 @@ def _performer_attention_backward_key_kernel(
     BLOCK_DIM: tl.constexpr,
 ):
     """dk and dv, and of one range of keys what they pass on to w."""
-    dtype: tl.constexpr = d_total_ptr.dtype.element_ty
+    dtype: tl.constexpr = d_sums.total.dtype.element_ty
     image, split = tl.program_id(0) // sizes.splits, tl.program_id(0) % sizes.splits
     feature, channel = tl.arange(0, BLOCK_FEATURES), tl.arange(0, BLOCK_DIM)
     mask_feature = feature < sizes.features
     w = load_matrix(w_ptr, feature, channel, sizes.features, sizes.dim, dtype)
-    largest, d_total, d_summary = load_sums(largest_ptr, d_total_ptr, d_summary_ptr, image, feature, channel, sizes)
+    largest, d_total, d_summary = load_sums(d_sums, image, feature, channel, sizes)
     dw = tl.zeros((BLOCK_FEATURES, BLOCK_DIM), dtype)
     first = split * sizes.per_split
     for start in range(first, tl.minimum(first + sizes.per_split, sizes.tokens), BLOCK_TOKENS):
@@ -305,19 +320,16 @@ def precisions(dtype: torch.dtype) -> dict[str, str]:
     return {"PRECISION": dot, "EXPONENT_PRECISION": "tf32x3" if dot == "tf32" else dot}
 
 
-def summary_launch(k: Tensor, v: Tensor, w: Tensor, largest: Tensor, total: Tensor, summary: Tensor) -> Launch:
-    """Fill b (B, splits, m), S (B, splits, m) and A (B, splits, m, E), each range's relative to its own b."""
-    args = (k, v, w, largest, total, summary, Rows(*k.stride()), Rows(*v.stride()))
-    return _launch(
-        _performer_attention_summary_kernel, configs.PERFORMER_ATTENTION, args, k, w.shape[0], largest.shape[1]
-    )
+def summary_launch(k: Tensor, v: Tensor, w: Tensor, parts: Sums) -> Launch:
+    """Fill the sums over ranges of tokens, (B, splits, ...), each relative to the range's own largest exponent."""
+    args = (k, v, w, parts, Rows(*k.stride()), Rows(*v.stride()))
+    splits = parts.largest.shape[1]
+    return _launch(_performer_attention_summary_kernel, configs.PERFORMER_ATTENTION, args, k, w.shape[0], splits)
 
 
-def query_launch(
-    q: Tensor, w: Tensor, largest: Tensor, total: Tensor, summary: Tensor, y: Tensor, eps: float, splits: int
-) -> Launch:
-    """Fill y (B, T, E) from b (B, m), S (B, m) and A (B, m, E)."""
-    args = (q, w, largest, total, summary, y, Rows(*q.stride()), Rows(*y.stride()))
+def query_launch(q: Tensor, w: Tensor, sums: Sums, y: Tensor, eps: float, splits: int) -> Launch:
+    """Fill y (B, T, E) from the sums of the images."""
+    args = (q, w, sums, y, Rows(*q.stride()), Rows(*y.stride()))
     return _launch(_performer_attention_query_kernel, configs.PERFORMER_ATTENTION, args, q, w.shape[0], splits, EPS=eps)
 
 
@@ -325,18 +337,16 @@ def backward_query_launch(
     grad: Tensor,
     q: Tensor,
     w: Tensor,
-    largest: Tensor,
-    total: Tensor,
-    summary: Tensor,
+    sums: Sums,
     dq: Tensor,
     d_total: Tensor,
     d_summary: Tensor,
     dw: Tensor | None,
     eps: float,
 ) -> Launch:
-    """Fill dq (B, T, E), and per range dS (B, splits, m), dA and dw (B, splits, m, E)."""
+    """Fill dq (B, T, E), and per range ``d_total`` (B, splits, m), ``d_summary`` and dw (B, splits, m, E)."""
     rows = (Rows(*t.stride()) for t in (grad, q, dq))
-    args = (grad, q, w, largest, total, summary, dq, d_total, d_summary, dw, *rows)
+    args = (grad, q, w, sums, dq, d_total, d_summary, dw, *rows)
     constants = {"EPS": eps, "NEEDS_DW": dw is not None}
     kernel, table = _performer_attention_backward_query_kernel, configs.PERFORMER_ATTENTION_BACKWARD
     return _launch(kernel, table, args, q, w.shape[0], d_total.shape[1], **constants)
@@ -346,21 +356,20 @@ def backward_key_launch(
     k: Tensor,
     v: Tensor,
     w: Tensor,
-    largest: Tensor,
-    d_total: Tensor,
-    d_summary: Tensor,
+    d_sums: Sums,
     dk: Tensor,
     dv: Tensor,
     dw: Tensor | None,
     splits: int,
     add_to_dv: bool = False,
 ) -> Launch:
-    """Fill dk and dv (B, T, E), and per range dw (B, splits, m, E), from dS (B, m) and dA (B, m, E).
+    """Fill dk and dv (B, T, E), and per range dw (B, splits, m, E).
 
-    With ``add_to_dv``, ``dv`` already holds what the values get elsewhere.
+    ``d_sums`` holds each image's largest exponents and the gradients of its total and its summary. With ``add_to_dv``,
+    ``dv`` already holds what the values get elsewhere.
     """
     rows = (Rows(*t.stride()) for t in (k, v, dk, dv))
-    args = (k, v, w, largest, d_total, d_summary, dk, dv, dw, *rows)
+    args = (k, v, w, d_sums, dk, dv, dw, *rows)
     kernel, table = _performer_attention_backward_key_kernel, configs.PERFORMER_ATTENTION_BACKWARD
     constants = {"NEEDS_DW": dw is not None, "ADD_TO_DV": add_to_dv}
     return _launch(kernel, table, args, k, w.shape[0], splits, **constants)

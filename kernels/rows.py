@@ -46,11 +46,6 @@ def make_sizes(k: Tensor, features: int, splits: int, block: int) -> Sizes:
     return Sizes(tokens, splits, triton.cdiv(triton.cdiv(tokens, splits), block) * block, dim, features)
 
 
-def whole_block(size: int) -> int:
-    """The block that holds all of ``size``."""
-    return max(16, triton.next_power_of_2(size))
-
-
 @triton.jit
 def load_rows(ptr, image, tokens, channels, rows, sizes, dtype: tl.constexpr):
     """A tile (tokens, channels) of one image as ``dtype``, zeros beyond the tensor."""

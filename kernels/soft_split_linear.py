@@ -1,11 +1,9 @@
 """Soft split, LayerNorm and Linear as one implicit matrix product; tokens as long as a patch are never written.
 
 Forward gathers windows tile by tile, multiplies them by the centred weights W_c (the LayerNorm folded in, see
-:mod:`t2t_fast.aten.soft_split_linear`) and collects each window's mean and variance on the way::
+:mod:`t2t_fast.ops.soft_splits.aten`) and collects each window's mean and variance on the way::
 
     tokens = rstd(u) (W_c u) + offset
-
-A GELU may follow, for :mod:`t2t_fast.triton.layer_norm_linear`, where a window is a single token.
 
 The window is shifted by the mean of some of its own values first. That changes neither the product, since the rows of
 W_c sum to zero, nor the variance, and it keeps both exact where a patch hardly varies around a large mean: the
@@ -22,6 +20,8 @@ such class is a dense matrix product without a wasted tap.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -44,10 +44,17 @@ def shift_of(image_ptr, tokens, num_tokens, view, WINDOW: tl.constexpr, SAMPLES:
     return tl.sum(load_patches(image_ptr, tokens, features, num_tokens, view, WINDOW).to(dtype), 1) / SAMPLES
 
 
+class Statistics(NamedTuple):
+    """Mean and 1/sqrt(variance + eps) of every window (B, L)."""
+
+    mean: Tensor
+    rstd: Tensor
+
+
 @triton.jit
-def statistics_of(total, squares, num_features, EPS: tl.constexpr):
+def statistics_of(window_sum, squares, num_features, EPS: tl.constexpr):
     """Mean and rstd from the sums of values and of squares."""
-    mean = total / num_features
+    mean = window_sum / num_features
     return mean, 1.0 / tl.sqrt(tl.maximum(squares / num_features - mean * mean, 0.0) + EPS)
 
 
@@ -57,7 +64,6 @@ def _soft_split_linear_forward_kernel(
     weight_ptr,
     offset_ptr,
     tokens_ptr,
-    plain_ptr,
     mean_ptr,
     rstd_ptr,
     num_tokens,
@@ -69,8 +75,6 @@ def _soft_split_linear_forward_kernel(
     SAMPLES: tl.constexpr,
     NORM: tl.constexpr,
     HAS_OFFSET: tl.constexpr,
-    GELU: tl.constexpr,
-    KEEP_PLAIN: tl.constexpr,
     KEEP_STATISTICS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
@@ -87,7 +91,7 @@ def _soft_split_linear_forward_kernel(
     mask_token = offs_token < num_tokens
     mask_out = offs_out < out_features
     products = tl.zeros((BLOCK_TOKENS, BLOCK_OUT), accumulator)
-    total = tl.zeros((BLOCK_TOKENS,), accumulator)
+    window_sum = tl.zeros((BLOCK_TOKENS,), accumulator)
     squares = tl.zeros((BLOCK_TOKENS,), accumulator)
     if NORM:
         shift = shift_of(image_ptr, offs_token, num_tokens, view, WINDOW, SAMPLES, accumulator)
@@ -102,14 +106,14 @@ def _soft_split_linear_forward_kernel(
         )
         if NORM:
             shifted = tl.where(mask_feature[None, :], patches.to(accumulator) - shift[:, None], 0.0)
-            total += tl.sum(shifted, 1)
+            window_sum += tl.sum(shifted, 1)
             squares += tl.sum(shifted * shifted, 1)
             values = (shifted * SCALE).to(operand)
         else:
             values = patches.to(operand)
         products = tl.dot(values, weight, products, input_precision=PRECISION, out_dtype=accumulator)
     if NORM:
-        mean, rstd = statistics_of(total, squares, num_features, EPS)
+        mean, rstd = statistics_of(window_sum, squares, num_features, EPS)
         products *= (rstd / SCALE)[:, None]
         if KEEP_STATISTICS:
             if tl.program_id(1) == 0:
@@ -119,10 +123,6 @@ def _soft_split_linear_forward_kernel(
         products += tl.load(offset_ptr + offs_out, mask=mask_out, other=0.0).to(accumulator)[None, :]
     offs = offs_token.to(tl.int64)[:, None] * out_features + offs_out[None, :]
     mask = mask_token[:, None] & mask_out[None, :]
-    if GELU:
-        if KEEP_PLAIN:
-            tl.store(plain_ptr + offs, products.to(plain_ptr.dtype.element_ty), mask=mask)
-        products = 0.5 * products * (1.0 + tl.erf(products * 0.7071067811865476))
     tl.store(tokens_ptr + offs, products.to(tokens_ptr.dtype.element_ty), mask=mask)
 
 
@@ -279,10 +279,7 @@ def _soft_split_linear_backward_input_kernel(
         if NORM:
             rstd = tl.load(rstd_ptr + token, mask=mask_pixel & covers, other=0.0)
             grad = grad.to(accumulator) * rstd[:, None]
-        if WINDOW.channels_last:
-            offs_feature = (i * WINDOW.kernel_w + j) * WINDOW.channels + channel
-        else:
-            offs_feature = channel * (WINDOW.kernel_h * WINDOW.kernel_w) + i * WINDOW.kernel_w + j
+        offs_feature = _feature_of(channel, i, j, WINDOW)
         weight = tl.load(
             weight_ptr + offs_out.to(tl.int64)[:, None] * weight_stride + offs_feature[None, :],
             mask=mask_out[:, None] & mask_channel[None, :],
@@ -292,22 +289,36 @@ def _soft_split_linear_backward_input_kernel(
             grad.to(operand), weight.to(operand), d_image, input_precision=PRECISION, out_dtype=accumulator
         )
 
-    image = image.to(tl.int64)
-    row_, col_, channel = row.to(tl.int64), col.to(tl.int64), channel.to(tl.int64)
     if NORM:
-        offs = image * view.stride_image + row_ * view.stride_row + col_ * view.stride_col
-        ptrs = image_ptr + offs[:, None] + (channel * view.stride_channel)[None, :]
+        ptrs = _pixel_ptrs(image_ptr, image, row, col, channel, view)
         pixels = tl.load(ptrs, mask=mask, other=0.0).to(accumulator)
         for tap in range(taps_h * taps_w):
             i = first_i + tap // taps_w * WINDOW.stride_h
             j = first_j + tap % taps_w * WINDOW.stride_w
-            token, covers = _covering_token(image.to(tl.int32), row, col, i, j, view, WINDOW)
+            token, covers = _covering_token(image, row, col, i, j, view, WINDOW)
             mean = tl.load(mean_ptr + token, mask=mask_pixel & covers, other=0.0)
             coefficient = tl.load(coefficient_ptr + token, mask=mask_pixel & covers, other=0.0)
             d_image -= coefficient[:, None] * (pixels - mean[:, None])
-    offs = image * d_view.stride_image + row_ * d_view.stride_row + col_ * d_view.stride_col
-    ptrs = d_image_ptr + offs[:, None] + (channel * d_view.stride_channel)[None, :]
+    ptrs = _pixel_ptrs(d_image_ptr, image, row, col, channel, d_view)
     tl.store(ptrs, d_image.to(d_image_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _feature_of(channel, i, j, WINDOW: tl.constexpr):
+    """The place of a window's value in the order of the weight's columns."""
+    if WINDOW.channels_last:
+        feature = (i * WINDOW.kernel_w + j) * WINDOW.channels + channel
+    else:
+        feature = channel * (WINDOW.kernel_h * WINDOW.kernel_w) + i * WINDOW.kernel_w + j
+    return feature
+
+
+@triton.jit
+def _pixel_ptrs(ptr, image, row, col, channel, view):
+    """The addresses of a tile (pixels, channels)."""
+    offs = image.to(tl.int64) * view.stride_image + row.to(tl.int64) * view.stride_row
+    offs += col.to(tl.int64) * view.stride_col
+    return ptr + offs[:, None] + (channel.to(tl.int64) * view.stride_channel)[None, :]
 
 
 @triton.jit
@@ -339,18 +350,15 @@ def forward_launch(
     weight: Tensor,
     offset: Tensor | None,
     tokens: Tensor,
-    statistics: tuple[Tensor, Tensor] | None,
+    statistics: Statistics | None,
     view: View,
     window: Window,
     norm: bool,
     eps: float,
-    gelu: bool = False,
-    plain: Tensor | None = None,
 ) -> Launch:
     """Fill ``tokens`` (B, L, out), contiguous, and ``statistics``, mean and rstd (B, L), if wanted.
 
-    ``weight`` comes from :func:`pack_weight`; with ``norm`` its rows sum to zero. With ``gelu`` the tokens go through
-    the exact GELU, and ``plain``, if given, gets them as they were before.
+    ``weight`` comes from :func:`pack_weight`; with ``norm`` its rows sum to zero.
     """
     num_tokens, out_features = image.shape[0] * view.grid_h * view.grid_w, weight.shape[0]
     config = configs.pick(configs.SOFT_SPLIT_LINEAR_FORWARD, image.device, weight.dtype, out=out_features)
@@ -359,15 +367,13 @@ def forward_launch(
         triton.cdiv(num_tokens, config.blocks["BLOCK_TOKENS"]),
         triton.cdiv(out_features, config.blocks["BLOCK_OUT"]),
     )
-    args = (image, weight, offset, tokens, plain, mean, rstd, num_tokens, out_features, weight.stride(0), view)
+    args = (image, weight, offset, tokens, mean, rstd, num_tokens, out_features, weight.stride(0), view)
     constants = {
         "WINDOW": window,
         "EPS": eps,
         "SAMPLES": SAMPLES,
         "NORM": norm,
         "HAS_OFFSET": offset is not None,
-        "GELU": gelu,
-        "KEEP_PLAIN": plain is not None,
         "KEEP_STATISTICS": statistics is not None,
         "PRECISION": precision(weight.dtype),
     }
@@ -391,7 +397,7 @@ def num_splits(num_tokens: int, window: Window, out_features: int, dtype: torch.
 def backward_weight_launch(
     grad: Tensor,
     image: Tensor,
-    statistics: tuple[Tensor, Tensor] | None,
+    statistics: Statistics | None,
     d_weight: Tensor,
     d_offset: Tensor | None,
     dtype: torch.dtype,
@@ -438,12 +444,16 @@ def backward_input_launch(
     grad: Tensor,
     weight: Tensor,
     image: Tensor,
-    statistics: tuple[Tensor, Tensor, Tensor] | None,
+    statistics: Statistics | None,
+    coefficient: Tensor | None,
     d_image: Tensor,
     view: View,
     window: Window,
 ) -> Launch:
-    """Fill ``d_image`` (B, C, H, W); ``statistics`` are mean, rstd and the coefficients of the windows."""
+    """Fill ``d_image`` (B, C, H, W).
+
+    Windows that have ``statistics`` have a ``coefficient`` from :func:`coefficient_launch` as well.
+    """
     config = configs.pick(
         configs.SOFT_SPLIT_LINEAR_BACKWARD_INPUT, image.device, weight.dtype, channels=window.channels
     )
@@ -454,9 +464,9 @@ def backward_input_launch(
         triton.cdiv(num_pixels, blocks["BLOCK_PIXELS"]) * window.stride_h * window.stride_w,
         triton.cdiv(window.channels, blocks["BLOCK_CHANNELS"]),
     )
-    statistics_ = statistics or (None, None, None)
+    mean, rstd = statistics or (None, None)
     sizes = (num_pixels, class_h, class_w, weight.shape[0], weight.stride(0))
-    args = (grad, weight, image, *statistics_, d_image, *sizes, view, make_view(d_image, window))
+    args = (grad, weight, image, mean, rstd, coefficient, d_image, *sizes, view, make_view(d_image, window))
     products = "tf32" if weight.dtype == torch.float16 else precision(weight.dtype)
     constants = {"WINDOW": window, "NORM": statistics is not None, "PRECISION": products}
     return Launch(_soft_split_linear_backward_input_kernel, grid, args, constants, config)

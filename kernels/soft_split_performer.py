@@ -1,7 +1,7 @@
 """The first pass of a whole Performer stage, for inference: windows to keys, queries and values, and their sums.
 
-A tile of windows is gathered once and multiplied by three weights (:mod:`.soft_split_linear`). Its keys go into b, S
-and A (:mod:`.performer_attention`) and are forgotten; of its queries only the exponents of their features are stored,
+A tile of windows is gathered once and multiplied by three weights (:mod:`.soft_split_linear`). Its keys go into the
+sums of :mod:`.performer_attention` and are forgotten; of its queries only the exponents of their features are stored,
 in float32 or better; its values are stored for the skip. :mod:`.token_performer` does the rest.
 """
 
@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..ops.performer.arguments import Sums
 from . import configs
 from .launch import Launch, precision
 from .performer_attention import add_keys, config_of, exponents_of, precisions, store_sums
@@ -35,9 +36,7 @@ def _soft_split_performer_kernel(
     w_ptr,
     exponents_ptr,
     v_ptr,
-    largest_ptr,
-    total_ptr,
-    summary_ptr,
+    sums,
     weight_stride,
     v_rows,
     view,
@@ -54,7 +53,7 @@ def _soft_split_performer_kernel(
     BLOCK_DIM: tl.constexpr,
 ):
     operand: tl.constexpr = weight_ptr.dtype.element_ty
-    dtype: tl.constexpr = total_ptr.dtype.element_ty
+    dtype: tl.constexpr = sums.total.dtype.element_ty
     # A shifted float16 value may lie beyond float16; half of it cannot.
     SCALE: tl.constexpr = 0.5 if operand == tl.float16 else 1.0
     num_features = WINDOW.channels * WINDOW.kernel_h * WINDOW.kernel_w
@@ -106,7 +105,7 @@ def _soft_split_performer_kernel(
         tl.store(exponents_ptr + row[:, None] * sizes.features + feature[None, :], exponents, mask=mask)
         exponents = exponents_of(k, w, EXPONENT_PRECISION)
         largest, total, summary = add_keys(exponents, v, live, largest, total, summary, PRECISION)
-    store_sums(largest_ptr, total_ptr, summary_ptr, largest, total, summary, feature, channel, sizes)
+    store_sums(sums, largest, total, summary, feature, channel, sizes)
 
 
 def forward_launch(
@@ -116,19 +115,19 @@ def forward_launch(
     w: Tensor,
     exponents: Tensor,
     v: Tensor,
-    sums: tuple[Tensor, Tensor, Tensor],
+    parts: Sums,
     view: View,
     window: Window,
     eps: float,
 ) -> Launch:
-    """Fill the queries' ``exponents`` (B, T, m), ``v`` (B, T, E), and per range b, S and A (B, splits, ...).
+    """Fill the queries' ``exponents`` (B, T, m), ``v`` (B, T, E), and the ``parts`` (B, splits, ...) of the sums.
 
     ``weight`` (3E, n) comes from :func:`.soft_split_linear.pack_weight`, its rows sum to zero; the rest is contiguous.
     """
-    splits = sums[0].shape[1]
+    splits = parts.largest.shape[1]
     config = config_of(configs.SOFT_SPLIT_PERFORMER, v, w.shape[0])
     sizes = make_sizes(v, w.shape[0], splits, config.blocks["BLOCK_TOKENS"])
-    args = (image, weight, offset, w, exponents, v, *sums, weight.stride(0), Rows(*v.stride()), view, sizes)
+    args = (image, weight, offset, w, exponents, v, parts, weight.stride(0), Rows(*v.stride()), view, sizes)
     constants = {
         "WINDOW": window,
         "SAMPLES": SAMPLES,

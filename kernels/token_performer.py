@@ -1,7 +1,7 @@
 """The Performer token layer's second pass: everything behind the sums over the keys, row by row, in one kernel.
 
-With p the attention weights of a query and A the summary of the keys and values (:mod:`.performer_attention`), and the
-LayerNorm's affine folded into fc1::
+With p the attention weights of a query and A the summary of the keys and values (see :mod:`.performer_attention` for
+both), and the LayerNorm's affine folded into fc1::
 
     y   = v + mask1 (p (A Pᵀ) + b)        z = (y - mean(y)) rstd(y)        h = F1 z + b1
     out = y + mask2 (F2 gelu(h) + b2)
@@ -23,9 +23,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..ops.performer.arguments import Options, Sums
 from . import configs
-from .launch import Launch, precision
-from .performer_attention import attention_weights, config_of, exponents_of, load_sums, precisions
+from .launch import Launch, precision, whole_block
+from .performer_attention import (
+    attention_weights,
+    config_of,
+    exponents_of,
+    load_sums,
+    precisions,
+    query_backward,
+    store_sum_gradients,
+)
 from .rows import (
     Rows,
     load_matrix,
@@ -35,11 +44,10 @@ from .rows import (
     store_matrix,
     store_rows,
     store_vector,
-    whole_block,
 )
 
 
-class Layer(NamedTuple):
+class FoldedLayer(NamedTuple):
     """Proj's bias, fc1 with the LayerNorm's affine folded in, fc2: (E,), (hidden, E), (hidden,), (E, hidden), (E,)."""
 
     proj_bias: Tensor
@@ -49,17 +57,9 @@ class Layer(NamedTuple):
     fc2_bias: Tensor
 
 
-class Dropout(NamedTuple):
-    """A seed on the device, or None, and of 65536 values how many each of the two masks drops."""
-
-    seed: Tensor | None
-    proj: int
-    mlp: int
-
-
-def make_dropout(seed: Tensor | None, proj_drop: float, mlp_drop: float) -> Dropout:
-    """Rates in [0, 1), rounded to multiples of 2**-16."""
-    return Dropout(seed, *(min(65535, round(65536 * rate)) for rate in (proj_drop, mlp_drop)))
+def num_dropped(rate: float) -> int:
+    """How many of 65536 values a dropout of ``rate`` in [0, 1) drops."""
+    return min(65535, round(65536 * rate))
 
 
 @triton.jit
@@ -73,8 +73,10 @@ def _random_bits(seed_ptr, image, tokens, BLOCK_TOKENS: tl.constexpr, BLOCK_DIM:
 
 @triton.jit
 def _drop(values, bits, DROPPED: tl.constexpr):
-    """``values`` scaled to keep their expectation, or 0, by the 16 lowest of ``bits``."""
-    return tl.where((bits & 0xFFFF) >= DROPPED, values * (65536.0 / (65536 - DROPPED)), 0.0)
+    """``values`` scaled to keep their expectation, or 0, by the 16 lowest of ``bits``; or as they are."""
+    if DROPPED > 0:
+        values = tl.where((bits & 0xFFFF) >= DROPPED, values * (65536.0 / (65536 - DROPPED)), 0.0)
+    return values
 
 
 @triton.jit
@@ -86,14 +88,18 @@ def _normed(y, mask_channel, dim, NORM_EPS: tl.constexpr):
 
 
 @triton.jit
+def _normed_backward(dz, z, rstd, mask_channel, dim):
+    dz -= (tl.sum(dz, 1) / dim)[:, None] + z * (tl.sum(z * dz, 1) / dim)[:, None]
+    return tl.where(mask_channel[None, :], dz * rstd[:, None], 0.0)
+
+
+@triton.jit
 def _token_performer_kernel(
     exponents_ptr,
     q_ptr,
     v_ptr,
     w_ptr,
-    largest_ptr,
-    total_ptr,
-    projected_ptr,
+    sums,
     out_ptr,
     layer,
     seed_ptr,
@@ -116,11 +122,11 @@ def _token_performer_kernel(
     BLOCK_DIM: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr,
 ):
-    dtype: tl.constexpr = total_ptr.dtype.element_ty
+    dtype: tl.constexpr = sums.total.dtype.element_ty
     image, split = tl.program_id(0) // sizes.splits, tl.program_id(0) % sizes.splits
     feature, channel, unit = tl.arange(0, BLOCK_FEATURES), tl.arange(0, BLOCK_DIM), tl.arange(0, BLOCK_HIDDEN)
     mask_feature, mask_channel = feature < sizes.features, channel < sizes.dim
-    largest, total, projected = load_sums(largest_ptr, total_ptr, projected_ptr, image, feature, channel, sizes)
+    largest, total, projected = load_sums(sums, image, feature, channel, sizes)
     if not FROM_EXPONENTS:
         w = load_matrix(w_ptr, feature, channel, sizes.features, sizes.dim, dtype)
     proj_bias = load_vector(layer.proj_bias, channel, sizes.dim, dtype)
@@ -140,20 +146,62 @@ def _token_performer_kernel(
             q = load_rows(q_ptr, image, token, channel, q_rows, sizes, dtype)
             exponents = exponents_of(q, w, EXPONENT_PRECISION)
         weights = attention_weights(exponents, largest, total, mask_feature, sizes.features, EPS)
-        y = tl.dot(weights, projected, input_precision=PRECISION, out_dtype=dtype) + proj_bias[None, :]
+        bits = token[:, None]  # of no use, unless there is dropout
         if PROJ_DROPPED + MLP_DROPPED > 0:
             bits = _random_bits(seed_ptr, image, token, BLOCK_TOKENS, BLOCK_DIM)
-        if PROJ_DROPPED > 0:
-            y = _drop(y, bits, PROJ_DROPPED)
+        y = tl.dot(weights, projected, input_precision=PRECISION, out_dtype=dtype) + proj_bias[None, :]
+        y = _drop(y, bits, PROJ_DROPPED)
         y += load_rows(v_ptr, image, token, channel, v_rows, sizes, dtype)
         z, _ = _normed(y, mask_channel, sizes.dim, NORM_EPS)
         h = tl.dot(z.to(OPERAND), tl.trans(fc1), input_precision=MLP_PRECISION, out_dtype=dtype) + fc1_bias[None, :]
         active = 0.5 * h * (1.0 + tl.erf(h * 0.7071067811865476))
         out = tl.dot(active.to(OPERAND), tl.trans(fc2), input_precision=MLP_PRECISION, out_dtype=dtype)
         out += fc2_bias[None, :]
-        if MLP_DROPPED > 0:
-            out = _drop(out, bits >> 16, MLP_DROPPED)
+        out = _drop(out, bits >> 16, MLP_DROPPED)
         store_rows(out_ptr, y + out, image, token, channel, out_rows, sizes)
+
+
+@triton.jit
+def _mlp_backward(
+    d_out,
+    z,
+    fc1,
+    fc1_bias,
+    fc2,
+    d_fc1,
+    d_fc1_bias,
+    d_fc2,
+    d_fc2_bias,
+    dtype: tl.constexpr,
+    OPERAND: tl.constexpr,
+    MLP_PRECISION: tl.constexpr,
+):
+    """dz of a tile from the gradient of fc2's output; the tile's share of the MLP's gradients added."""
+    operand = z.to(OPERAND)
+    h = tl.dot(operand, tl.trans(fc1), input_precision=MLP_PRECISION, out_dtype=dtype) + fc1_bias[None, :]
+    below = 0.5 + 0.5 * tl.erf(h * 0.7071067811865476)
+    d_operand = d_out.to(OPERAND)
+    dh = tl.dot(d_operand, fc2, input_precision=MLP_PRECISION, out_dtype=dtype)
+    dh *= below + h * tl.exp(-0.5 * h * h) * 0.3989422804014327
+    active = (h * below).to(OPERAND)
+    d_fc2_bias += tl.sum(d_out, 0)
+    d_fc2 = tl.dot(tl.trans(d_operand), active, d_fc2, input_precision=MLP_PRECISION, out_dtype=dtype)
+    d_fc1_bias += tl.sum(dh, 0)
+    d_fc1 = tl.dot(tl.trans(dh.to(OPERAND)), operand, d_fc1, input_precision=MLP_PRECISION, out_dtype=dtype)
+    dz = tl.dot(dh.to(OPERAND), fc1, input_precision=MLP_PRECISION, out_dtype=dtype)
+    return dz, d_fc1, d_fc1_bias, d_fc2, d_fc2_bias
+
+
+@triton.jit
+def _store_layer(layer, proj_bias, fc1, fc1_bias, fc2, fc2_bias, channels, units, dim, hidden):
+    """What belongs to this program's range of tokens."""
+    program = tl.program_id(0).to(tl.int64)
+    weight = program * hidden * dim
+    store_vector(layer.proj_bias + program * dim, proj_bias, channels, dim)
+    store_matrix(layer.fc1_weight + weight, fc1, units, channels, hidden, dim)
+    store_vector(layer.fc1_bias + program * hidden, fc1_bias, units, hidden)
+    store_matrix(layer.fc2_weight + weight, fc2, channels, units, dim, hidden)
+    store_vector(layer.fc2_bias + program * dim, fc2_bias, channels, dim)
 
 
 @triton.jit
@@ -162,9 +210,7 @@ def _token_performer_backward_kernel(
     q_ptr,
     v_ptr,
     w_ptr,
-    largest_ptr,
-    total_ptr,
-    projected_ptr,
+    sums,
     layer,
     seed_ptr,
     dq_ptr,
@@ -192,13 +238,13 @@ def _token_performer_backward_kernel(
     BLOCK_DIM: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr,
 ):
-    """dq and dy, and of one range of tokens what they pass on to S, A Pᵀ and the layer."""
-    dtype: tl.constexpr = total_ptr.dtype.element_ty
+    """dq and dy, and what one range of tokens passes on to total, to A Pᵀ and to the layer."""
+    dtype: tl.constexpr = sums.total.dtype.element_ty
     image, split = tl.program_id(0) // sizes.splits, tl.program_id(0) % sizes.splits
     feature, channel, unit = tl.arange(0, BLOCK_FEATURES), tl.arange(0, BLOCK_DIM), tl.arange(0, BLOCK_HIDDEN)
     mask_feature, mask_channel = feature < sizes.features, channel < sizes.dim
     w = load_matrix(w_ptr, feature, channel, sizes.features, sizes.dim, dtype)
-    largest, total, projected = load_sums(largest_ptr, total_ptr, projected_ptr, image, feature, channel, sizes)
+    largest, total, projected = load_sums(sums, image, feature, channel, sizes)
     proj_bias = load_vector(layer.proj_bias, channel, sizes.dim, dtype)
     fc1 = load_matrix(layer.fc1_weight, unit, channel, hidden, sizes.dim, OPERAND)
     fc1_bias = load_vector(layer.fc1_bias, unit, hidden, dtype)
@@ -216,94 +262,68 @@ def _token_performer_backward_kernel(
         q = load_rows(q_ptr, image, token, channel, q_rows, sizes, dtype)
         exponents = exponents_of(q, w, EXPONENT_PRECISION)
         weights = attention_weights(exponents, largest, total, mask_feature, sizes.features, EPS)
-        y = tl.dot(weights, projected, input_precision=PRECISION, out_dtype=dtype) + proj_bias[None, :]
+        bits = token[:, None]  # of no use, unless there is dropout
         if PROJ_DROPPED + MLP_DROPPED > 0:
             bits = _random_bits(seed_ptr, image, token, BLOCK_TOKENS, BLOCK_DIM)
-        if PROJ_DROPPED > 0:
-            y = _drop(y, bits, PROJ_DROPPED)
+        y = tl.dot(weights, projected, input_precision=PRECISION, out_dtype=dtype) + proj_bias[None, :]
+        y = _drop(y, bits, PROJ_DROPPED)
         y += load_rows(v_ptr, image, token, channel, v_rows, sizes, dtype)
         z, rstd = _normed(y, mask_channel, sizes.dim, NORM_EPS)
-        operand = z.to(OPERAND)
-        h = tl.dot(operand, tl.trans(fc1), input_precision=MLP_PRECISION, out_dtype=dtype) + fc1_bias[None, :]
-        below = 0.5 + 0.5 * tl.erf(h * 0.7071067811865476)
-
         dy = load_rows(grad_ptr, image, token, channel, grad_rows, sizes, dtype)  # zero beyond the last token
-        d_out = dy
-        if MLP_DROPPED > 0:
-            d_out = _drop(dy, bits >> 16, MLP_DROPPED)
-        d_operand = d_out.to(OPERAND)
-        dh = tl.dot(d_operand, fc2, input_precision=MLP_PRECISION, out_dtype=dtype)
-        dh *= below + h * tl.exp(-0.5 * h * h) * 0.3989422804014327
-        active = (h * below).to(OPERAND)
-        d_fc2_bias += tl.sum(d_out, 0)
-        d_fc2 = tl.dot(tl.trans(d_operand), active, d_fc2, input_precision=MLP_PRECISION, out_dtype=dtype)
-        d_fc1_bias += tl.sum(dh, 0)
-        d_fc1 = tl.dot(tl.trans(dh.to(OPERAND)), operand, d_fc1, input_precision=MLP_PRECISION, out_dtype=dtype)
-        dz = tl.dot(dh.to(OPERAND), fc1, input_precision=MLP_PRECISION, out_dtype=dtype)
-        dz -= (tl.sum(dz, 1) / sizes.dim)[:, None] + z * (tl.sum(z * dz, 1) / sizes.dim)[:, None]
-        dy += tl.where(mask_channel[None, :], dz * rstd[:, None], 0.0)
+        d_out = _drop(dy, bits >> 16, MLP_DROPPED)
+        dz, d_fc1, d_fc1_bias, d_fc2, d_fc2_bias = _mlp_backward(
+            d_out, z, fc1, fc1_bias, fc2, d_fc1, d_fc1_bias, d_fc2, d_fc2_bias, dtype, OPERAND, MLP_PRECISION
+        )
+        dy += _normed_backward(dz, z, rstd, mask_channel, sizes.dim)
         store_rows(dv_ptr, dy, image, token, channel, dv_rows, sizes)
-        if PROJ_DROPPED > 0:
-            dy = _drop(dy, bits, PROJ_DROPPED)
+        dy = _drop(dy, bits, PROJ_DROPPED)
         d_proj_bias += tl.sum(dy, 0)
-        d_weights = tl.dot(dy, tl.trans(projected), input_precision=PRECISION, out_dtype=dtype)
-        along = tl.sum(weights * d_weights, 1)
-        d_total -= tl.sum(along[:, None] * weights, 0)
-        d_exponents = weights * (d_weights - along[:, None] * total[None, :])
-        dq = tl.dot(d_exponents, w, input_precision=PRECISION, out_dtype=dtype)
-        dq -= q * tl.sum(d_exponents, 1)[:, None]
-        d_projected = tl.dot(tl.trans(weights), dy, d_projected, input_precision=PRECISION, out_dtype=dtype)
+        dq, _, d_total, d_projected = query_backward(
+            dy, q, weights, w, total, projected, d_total, d_projected, PRECISION, dtype
+        )
         store_rows(dq_ptr, dq, image, token, channel, dq_rows, sizes)
-    program = tl.program_id(0).to(tl.int64)
-    row = program * sizes.features
-    store_vector(d_total_ptr + row, d_total, feature, sizes.features)
-    store_matrix(d_projected_ptr + row * sizes.dim, d_projected, feature, channel, sizes.features, sizes.dim)
-    store_vector(d_layer.proj_bias + program * sizes.dim, d_proj_bias, channel, sizes.dim)
-    weight = program * hidden * sizes.dim
-    store_matrix(d_layer.fc1_weight + weight, d_fc1, unit, channel, hidden, sizes.dim)
-    store_vector(d_layer.fc1_bias + program * hidden, d_fc1_bias, unit, hidden)
-    store_matrix(d_layer.fc2_weight + weight, d_fc2, channel, unit, sizes.dim, hidden)
-    store_vector(d_layer.fc2_bias + program * sizes.dim, d_fc2_bias, channel, sizes.dim)
+    store_sum_gradients(d_total_ptr, d_projected_ptr, d_total, d_projected, feature, channel, sizes)
+    _store_layer(d_layer, d_proj_bias, d_fc1, d_fc1_bias, d_fc2, d_fc2_bias, channel, unit, sizes.dim, hidden)
 
 
-def _options(v: Tensor, layer: Layer, dtype: torch.dtype) -> dict[str, object]:
-    operand = getattr(tl, str(dtype).removeprefix("torch."))
-    hidden = whole_block(layer.fc1_weight.shape[0])
-    return {**precisions(v.dtype), "OPERAND": operand, "MLP_PRECISION": precision(dtype), "BLOCK_HIDDEN": hidden}
+def _constants(v: Tensor, layer: FoldedLayer, dtype: torch.dtype, options: Options) -> dict[str, object]:
+    return {
+        **precisions(v.dtype),
+        "PROJ_DROPPED": num_dropped(options.proj_drop),
+        "MLP_DROPPED": num_dropped(options.mlp_drop),
+        "EPS": options.eps,
+        "NORM_EPS": options.norm_eps,
+        "OPERAND": getattr(tl, str(dtype).removeprefix("torch.")),
+        "MLP_PRECISION": precision(dtype),
+        "BLOCK_HIDDEN": whole_block(layer.fc1_weight.shape[0]),
+    }
 
 
 def forward_launch(
     q: Tensor,
     v: Tensor,
     w: Tensor,
-    sums: tuple[Tensor, Tensor, Tensor],
+    sums: Sums,
     out: Tensor,
-    layer: Layer,
-    dropout: Dropout,
+    layer: FoldedLayer,
+    seed: Tensor | None,
     dtype: torch.dtype,
-    eps: float,
-    norm_eps: float,
+    options: Options,
     splits: int,
     from_exponents: bool = False,
 ) -> Launch:
     """Fill ``out`` (B, T, E).
 
-    ``sums`` are b (B, m), S (B, m) and A Pᵀ (B, m, E); ``dtype`` is that of the MLP's operands. ``q`` is (B, T, E), or
-    with ``from_exponents`` the exponents of its features (B, T, m), contiguous, in the dtype of the sums.
+    ``sums`` are those of the images, with A Pᵀ for the summary; ``seed`` is for dropout, on the device; ``dtype`` is
+    that of the MLP's operands. ``q`` is (B, T, E), or with ``from_exponents`` the exponents of its features (B, T, m),
+    contiguous, in the dtype of the sums.
     """
     config = config_of(configs.TOKEN_PERFORMER, v, w.shape[0])
     sizes = make_sizes(v, w.shape[0], splits, config.blocks["BLOCK_TOKENS"])
     queries = (q, None) if from_exponents else (None, q)
     rows = (Rows(*t.stride()) for t in (q, v, out))
-    args = (*queries, v, w, *sums, out, layer, dropout.seed, *rows, sizes, layer.fc1_weight.shape[0])
-    constants = {
-        "PROJ_DROPPED": dropout.proj,
-        "MLP_DROPPED": dropout.mlp,
-        "EPS": eps,
-        "NORM_EPS": norm_eps,
-        "FROM_EXPONENTS": from_exponents,
-        **_options(v, layer, dtype),
-    }
+    args = (*queries, v, w, sums, out, layer, seed, *rows, sizes, layer.fc1_weight.shape[0])
+    constants = {"FROM_EXPONENTS": from_exponents, **_constants(v, layer, dtype, options)}
     return Launch(_token_performer_kernel, (v.shape[0] * splits,), args, constants, config)
 
 
@@ -312,29 +332,26 @@ def backward_launch(
     q: Tensor,
     v: Tensor,
     w: Tensor,
-    sums: tuple[Tensor, Tensor, Tensor],
-    layer: Layer,
-    dropout: Dropout,
+    sums: Sums,
+    layer: FoldedLayer,
+    seed: Tensor | None,
     dq: Tensor,
     dv: Tensor,
-    d_sums: tuple[Tensor, Tensor],
-    d_layer: Layer,
+    d_total: Tensor,
+    d_projected: Tensor,
+    d_layer: FoldedLayer,
     dtype: torch.dtype,
-    eps: float,
-    norm_eps: float,
+    options: Options,
 ) -> Launch:
-    """Fill dq and the skip's share of dv (B, T, E); and per range (B, splits, ...) dS, d(A Pᵀ), the layer's."""
+    """Fill dq and the skip's share of dv (B, T, E); and per range (B, splits, ...) the gradients of total, A Pᵀ, layer.
+
+    The other arguments are as for :func:`forward_launch`.
+    """
     config = config_of(configs.TOKEN_PERFORMER_BACKWARD, v, w.shape[0])
-    splits = d_sums[0].shape[1]
+    splits = d_total.shape[1]
     sizes = make_sizes(v, w.shape[0], splits, config.blocks["BLOCK_TOKENS"])
     rows = (Rows(*t.stride()) for t in (grad, q, v, dq, dv))
-    gradients = (dq, dv, *d_sums, d_layer)
-    args = (grad, q, v, w, *sums, layer, dropout.seed, *gradients, *rows, sizes, layer.fc1_weight.shape[0])
-    constants = {
-        "PROJ_DROPPED": dropout.proj,
-        "MLP_DROPPED": dropout.mlp,
-        "EPS": eps,
-        "NORM_EPS": norm_eps,
-        **_options(v, layer, dtype),
-    }
+    gradients = (dq, dv, d_total, d_projected, d_layer)
+    args = (grad, q, v, w, sums, layer, seed, *gradients, *rows, sizes, layer.fc1_weight.shape[0])
+    constants = _constants(v, layer, dtype, options)
     return Launch(_token_performer_backward_kernel, (v.shape[0] * splits,), args, constants, config)

@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference.soft_split import window_grid
+from ..ops.soft_splits.arguments import Geometry
+from ..ops.soft_splits.reference import window_grid
 
 # Sizes that change with the batch: the kernels are compiled once for all of them.
 GROW_WITH_THE_BATCH = ("num_tokens", "num_pixels")
@@ -36,6 +37,11 @@ class Window(NamedTuple):
     @property
     def num_features(self) -> int:
         return self.channels * self.kernel_h * self.kernel_w
+
+    @property
+    def geometry(self) -> Geometry:
+        kernel_size, stride = (self.kernel_h, self.kernel_w), (self.stride_h, self.stride_w)
+        return Geometry(kernel_size, stride, (self.pad_h, self.pad_w))
 
 
 class View(NamedTuple):
@@ -58,7 +64,7 @@ def make_window(
 
 
 def make_view(image: Tensor, window: Window) -> View:
-    grid = window_grid(image.shape[2:], window[1:3], window[3:5], window[5:7])
+    grid = window_grid(image.shape[2:], window.geometry)
     if image.shape[0] * max(image.shape[2] * image.shape[3], grid[0] * grid[1]) > 2**31 - 2**16:
         raise ValueError(f"a batch of {tuple(image.shape)} has more than 2**31 pixels or tokens; split it")
     return View(*image.shape[2:], *grid, *image.stride())

@@ -6,10 +6,13 @@ import pytest
 import torch
 from helpers import assert_close, leaves, rounding_moves, skip_unless_possible
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import t2t_fast
 from t2t_fast import ops
-from t2t_fast.reference import add_layer_norm as reference
+from t2t_fast.ops.block import reference
+from t2t_fast.ops.block.arguments import Norm
+from t2t_fast.ops.block.triton import why_not_auto_add_layer_norm
 
 BACKENDS = ("reference", "aten", "triton")
 EPS = 1e-5
@@ -27,6 +30,18 @@ def formula(
     centred = s - s.mean(-1, keepdim=True)
     z = centred / (centred.square().mean(-1, keepdim=True) + EPS).sqrt()
     return s, (z if gamma is None else z * gamma) + (0 if beta is None else beta)
+
+
+def defined_backward(
+    d_total: Tensor,
+    d_normed: Tensor,
+    x: Tensor,
+    y: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    scale: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    return reference.add_layer_norm_backward(d_total, d_normed, x, y, Norm(gamma, beta, EPS), scale)
 
 
 @pytest.mark.usefixtures("poisoned", "on_device")
@@ -52,10 +67,8 @@ def test_forward_and_gradients(
         assert torch.equal(g, same)
         assert_close(g, w, dtype, shape[2], conditioning=moved)
     grads = [torch.randn(shape, dtype=dtype) for _ in range(2)]
-    wanted = reference.backward(*(g.double() for g in grads), *exact[:4], EPS, exact[4])
-    moves = rounding_moves(
-        lambda *t: reference.backward(*t[:6], EPS, t[6]), [*(g.double() for g in grads), *exact], dtype
-    )
+    given = [*(g.double() for g in grads), *exact]
+    wanted, moves = defined_backward(*given), rounding_moves(defined_backward, given, dtype)
     found = iter(torch.autograd.grad(got, [t for t in inputs if t is not None], grads))
     for t, w, moved in zip(inputs, wanted, moves, strict=True):
         if t is not None:
@@ -138,6 +151,25 @@ def test_what_the_kernel_refuses() -> None:
     scale = torch.ones(1, requires_grad=True)
     with pytest.raises(t2t_fast.BackendUnavailable, match="no gradient for branch_scale"):
         ops.add_layer_norm(x[..., :4], y[..., :4], None, None, branch_scale=scale, backend="triton")
+
+
+def test_auto_takes_the_kernel_where_memory_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    def reason(*shape: int, device: str = "cuda", x: torch.dtype = torch.bfloat16, y: torch.dtype | None = None) -> str:
+        with FakeTensorMode():
+            tensors = (torch.empty(shape, dtype=dtype, device=device) for dtype in (x, y or x))
+            return str(why_not_auto_add_layer_norm(*tensors, Norm(None, None, EPS), None))
+
+    large = (128, 197, 384)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        assert reason(*large, x=dtype) == "None"
+    assert reason(*large, x=torch.float32, y=torch.bfloat16) == "None"
+    assert reason(64, 128, 1024) == "None"  # 2**23 values
+    assert "8388480 values are fewer than 8388608" in reason(65535, 1, 128)
+    assert "float64 is left to the library" in reason(*large, x=torch.float64)
+    assert "float64 is left to the library" in reason(*large, x=torch.float32, y=torch.float64)
+    assert "interpreter" in reason(*large, device="cpu")
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert "torch.compile fuses" in reason(*large)
 
 
 def test_bad_input_is_named() -> None:

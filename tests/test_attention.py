@@ -8,7 +8,7 @@ from helpers import assert_close, gradients, hand_written, leaves
 from torch import Tensor
 
 from t2t_fast import ops
-from t2t_fast.reference import attention as reference
+from t2t_fast.ops.softmax_attention import reference
 
 BACKENDS = ("reference", "aten")
 
@@ -27,7 +27,7 @@ def test_forward_and_gradients(backend: str, heads: int, tokens: int, dim: int, 
     if tokens == 1:
         return  # softmax over one score: the gradients of q and k vanish
     grad = torch.randn_like(want).to(dtype)
-    wanted = reference.backward(grad.double(), *exact, scale)
+    wanted = reference.attention_backward(grad.double(), *exact, scale)
     found = gradients(lambda q, k, v: ops.attention(q, k, v, scale, backend=backend), list(qkv), grad)
     for g, w in zip(found, wanted, strict=True):
         assert_close(g, w, dtype, tokens * dim, grad=True)
@@ -47,8 +47,8 @@ def test_gradcheck() -> None:
     for backend in BACKENDS:
         assert torch.autograd.gradcheck(lambda q, k, v, b=backend: ops.attention(q, k, v, 0.3, backend=b), inputs)
     by_hand = hand_written(
-        lambda q, k, v, scale: reference.forward(q, k, v, scale, 0.0),
-        reference.backward,
+        lambda q, k, v, scale: reference.attention(q, k, v, scale, 0.0),
+        reference.attention_backward,
         3,
     )
     assert torch.autograd.gradcheck(by_hand, (*inputs, 0.3))
@@ -82,7 +82,7 @@ def test_bfloat16_on_the_cpu_in_blocks(images: int, heads: int, tokens: int) -> 
     if images == 0 or tokens == 1:
         return
     grad = torch.randn_like(want).bfloat16()
-    wanted = reference.backward(grad.double(), *exact, 0.25)
+    wanted = reference.attention_backward(grad.double(), *exact, 0.25)
     found = gradients(lambda q, k, v: ops.attention(q, k, v, 0.25, backend="aten"), list(qkv), grad)
     for g, w in zip(found, wanted, strict=True):
         assert_close(g, w, torch.bfloat16, tokens, grad=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from types import ModuleType
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 import t2t_fast
 from t2t_fast.layers.block import BLOCK_TYPES, Block
+from t2t_fast.ops.block import op
 
 KINDS = [kind for kind in BLOCK_TYPES if kind != "dense"]
 
@@ -46,16 +46,12 @@ def test_a_standard_block_joins_its_norms() -> None:
 
 @pytest.fixture
 def kernels_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``auto`` takes the kernels of the blocks, in the interpreter too."""
-    import importlib
-
-    for name in ("layer_norm_linear", "add_layer_norm", "mlp"):
-        module: ModuleType = importlib.import_module(f"t2t_fast.ops.{name}")
-        willing = [
-            dataclasses.replace(i, why_not_auto=lambda *args: None) if i.backend == "triton" else i
-            for i in module._OP.implementations
-        ]
-        monkeypatch.setattr(module, "_OP", dataclasses.replace(module._OP, implementations=tuple(willing)))
+    """``auto`` takes the kernel between the blocks' branches, in the interpreter too."""
+    willing = tuple(
+        dataclasses.replace(i, why_not_auto=lambda *args: None) if i.backend == "triton" else i
+        for i in op._ADD_LAYER_NORM.implementations
+    )
+    monkeypatch.setattr(op, "_ADD_LAYER_NORM", dataclasses.replace(op._ADD_LAYER_NORM, implementations=willing))
 
 
 @pytest.mark.usefixtures("kernels_in_blocks", "poisoned", "on_device")
@@ -64,7 +60,7 @@ def test_a_block_of_kernels(dtype: torch.dtype) -> None:
     block = Block(32, 2, 3.0, drop_path=0.4).to(torch.empty(0).device, dtype).train()
     x = torch.randn(3, 7, 32, dtype=dtype).requires_grad_()
     ran = t2t_fast.explain(block, x).backends()
-    assert ran["layer_norm_linear"] == ran["add_layer_norm"] == ran["mlp"] == {"triton"}
+    assert ran["add_layer_norm"] == {"triton"}
     learned = [x, *block.parameters()]
     found = {}
     for name, function in (("kernels", block), ("literal", lambda x: literal(block, x))):
@@ -85,7 +81,7 @@ def test_a_frozen_block_of_kernels() -> None:
     images = torch.randn(2, 3, 32, 32).double()
     frozen = t2t_fast.freeze(model)
     ran = t2t_fast.explain(frozen, images).backends()
-    assert ran["layer_norm_linear"] == ran["add_layer_norm"] == {"triton"}
+    assert ran["add_layer_norm"] == {"triton"}
     with torch.no_grad(), t2t_fast.use_backend("reference"):
         torch.testing.assert_close(frozen(images), model(images))
 

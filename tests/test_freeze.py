@@ -13,9 +13,9 @@ from small_models import FAMILIES, relative_error, seeded_images, small, smalles
 from torch import Tensor, nn
 
 import t2t_fast
-from t2t_fast.aten.linear import why_not_packed
 from t2t_fast.deploy.freeze import _compare
 from t2t_fast.layers.packed_linear import PackedLinear
+from t2t_fast.ops.block.aten import why_not_packed
 
 every_family = pytest.mark.parametrize("name", FAMILIES.values(), ids=FAMILIES)
 DTYPES = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 5e-3, torch.bfloat16: 4e-2}

@@ -20,7 +20,7 @@ from t2t_fast.ops.common import extension
 HALF = (torch.float16, torch.bfloat16)
 CALLS = (
     "soft_split", "soft_split_linear", "soft_split_linear of tokens", "performer_attention", "token_performer",
-    "soft_split_performer", "layer_norm_linear", "linear", "mlp", "add_layer_norm", "se_gate", "se_mlp",
+    "soft_split_performer", "add_layer_norm", "se_gate", "se_mlp",
 )  # fmt: skip
 on_devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 
@@ -62,13 +62,6 @@ def make(name: str, scale: int = 1) -> tuple[Callable[..., Any], list[Tensor | N
             [image, *split, w, *layer],
             "triton",
         ),
-        "layer_norm_linear": (
-            lambda *t, **k: ops.layer_norm_linear(*t, gelu=True, **k),
-            [rows, *blocks[:2], *norm],
-            "triton",
-        ),
-        "linear": (lambda *t, **k: ops.linear(*t, gelu=True, **k), [rows, *blocks[:2]], "triton"),
-        "mlp": (ops.mlp, [rows, *blocks], "triton"),
         "add_layer_norm": (ops.add_layer_norm, [rows, new(2, tokens, 40), *norm], "triton"),
         "se_gate": (ops.se_gate, [rows, *gate], "native"),
         "se_mlp": (ops.se_mlp, [rows, *blocks, *gate], "native"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
 import importlib.util
 import json
 import os
@@ -21,6 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from t2t_fast import ops
 from t2t_fast.bench import kernels, rates, tables
 from t2t_fast.bench.cases import CASES, exact_step, runners, step, tensors_of, worst_error
+from t2t_fast.ops.block import op as block
+from t2t_fast.ops.se import op as se
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -78,12 +79,11 @@ def test_the_tokens_to_token_module(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), 2.0])
 def test_a_wrong_result_is_not_timed(value: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = importlib.import_module("t2t_fast.ops.se_gate")
     implementations = tuple(
         dataclasses.replace(i, run=lambda *args, run=i.run: run(*args) * value) if i.backend == "aten" else i
-        for i in module._OP.implementations
+        for i in se._SE_GATE.implementations
     )
-    monkeypatch.setattr(module, "_OP", dataclasses.replace(module._OP, implementations=implementations))
+    monkeypatch.setattr(se, "_SE_GATE", dataclasses.replace(se._SE_GATE, implementations=implementations))
     path = tmp_path / "kernels.json"
     arguments = ["--ops", "se_gate", "--batch-size", "1", "--no-compile", "--device", "cpu"]
     assert kernels.main([*arguments, "--output", str(path)]) == 1
@@ -109,9 +109,9 @@ def test_a_row_that_fails_does_not_end_the_others(tmp_path: Path, monkeypatch: p
     def fail(*args: object) -> None:
         raise RuntimeError("out of resources:\nshared memory")
 
-    module = importlib.import_module("t2t_fast.ops.add_layer_norm")
-    failing = tuple(dataclasses.replace(i, run=fail) if i.backend == "aten" else i for i in module._OP.implementations)
-    monkeypatch.setattr(module, "_OP", dataclasses.replace(module._OP, implementations=failing))
+    op = block._ADD_LAYER_NORM
+    failing = tuple(dataclasses.replace(i, run=fail) if i.backend == "aten" else i for i in op.implementations)
+    monkeypatch.setattr(block, "_ADD_LAYER_NORM", dataclasses.replace(op, implementations=failing))
     path = tmp_path / "kernels.json"
     arguments = ["--ops", "add_layer_norm", "se_gate", "--batch-size", "1", "--no-compile", "--device", "cpu"]
     assert kernels.main([*arguments, "--output", str(path)]) == 1

@@ -19,7 +19,7 @@ def call(image: Tensor, view: View, window: Window) -> None:
     soft_split.forward_launch(image, image, view, window)
     soft_split.forward_launch("image", image, view, window)
     soft_split.forward_launch(image, image, view)
-    token_performer.make_dropout(image, 0.1, "0.1")
+    token_performer.num_dropped("0.1")
     soft_split.backwards_launch(image, image, view, window)
 """
 
@@ -38,5 +38,5 @@ def test_wrong_calls_of_launchers_are_found(tmp_path: Path) -> None:
     assert sorted(found) == [10, 11, 12, 13], done.stdout + done.stderr
     assert 'Argument 1 to "forward_launch" has incompatible type "str"' in found[10]
     assert "Missing positional argument" in found[11]
-    assert 'Argument 3 to "make_dropout" has incompatible type "str"' in found[12]
+    assert 'Argument 1 to "num_dropped" has incompatible type "str"' in found[12]
     assert "has no attribute" in found[13]

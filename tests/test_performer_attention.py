@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from t2t_fast import BackendUnavailable, ops
-from t2t_fast.reference import performer_attention as reference
+from t2t_fast.ops.performer import reference
 
 pytestmark = pytest.mark.usefixtures("on_device", "poisoned")
 
@@ -48,7 +48,7 @@ def test_forward_and_gradients(backend: str, tokens: int, dim: int, features: in
     assert got.dtype == dtype
     assert_close(got, want, dtype, tokens)
     grad = torch.randn_like(want).to(dtype)
-    wanted = reference.backward(grad.double(), *exact, 1e-8)
+    wanted = reference.performer_attention_backward(grad.double(), *exact, 1e-8)
     found = gradients(lambda *t: ops.performer_attention(*t, backend=backend), (k, q, v, w), grad)
     for g, wanted_g in zip(found, wanted, strict=True):
         if tokens > 1:  # one token: y = v but for eps, and the other gradients vanish by cancellation
@@ -62,7 +62,9 @@ def test_gradcheck(backend: str) -> None:
     function = lambda *t: ops.performer_attention(*t, backend=backend)  # noqa: E731
     assert torch.autograd.gradcheck(function, inputs, fast_mode=backend == "triton")  # the interpreter takes its time
     assert torch.autograd.gradgradcheck(function, inputs, fast_mode=backend == "triton")
-    assert torch.autograd.gradcheck(hand_written(reference.forward, reference.backward, 4), (*inputs, 1e-8))
+    assert torch.autograd.gradcheck(
+        hand_written(reference.performer_attention, reference.performer_attention_backward, 4), (*inputs, 1e-8)
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -101,7 +103,7 @@ def test_any_layout(backend: str, order: tuple[int, ...]) -> None:
     kqv, w = make(3, 11, 8, 4)
     inputs = [t.permute(order).contiguous().permute(torch.tensor(order).argsort().tolist()) for t in kqv.chunk(3, -1)]
     grad = torch.randn(3, 11, 8, dtype=torch.float64)
-    wanted = reference.backward(grad, *inputs, w, 1e-8)
+    wanted = reference.performer_attention_backward(grad, *inputs, w, 1e-8)
     for backward_dtype in (torch.float64, torch.float32):  # of what a cast makes of the layout, too
         cast = [t.to(backward_dtype) for t in (*inputs, w)]
         found = gradients(lambda *t: ops.performer_attention(*t, backend=backend), cast, grad.to(backward_dtype))
@@ -186,7 +188,7 @@ def test_any_width_in_triton(dim: int, features: int) -> None:
     want = double_sum(*inputs, 1e-8)
     assert_close(ops.performer_attention(*inputs, backend="triton"), want, torch.float64, 20 * features)
     grad = torch.randn_like(want)
-    wanted = reference.backward(grad, *inputs, 1e-8)
+    wanted = reference.performer_attention_backward(grad, *inputs, 1e-8)
     found = gradients(lambda *t: ops.performer_attention(*t, backend="triton"), inputs, grad)
     for g, w_ in zip(found, wanted, strict=True):
         assert_close(g, w_, torch.float64, 20 * features, grad=True)

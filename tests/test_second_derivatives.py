@@ -27,13 +27,13 @@ def add_layer_norm(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, **options
 
 LAYER = [(4, 4), (4,), (4,), (4,), (6, 4), (6,), (4, 6), (4,)]
 OPS: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]], tuple[str, ...]]] = {
-    "linear": (lambda *t, **o: ops.linear(*t, gelu=True, **o), [(2, 3, 4), (5, 4), (5,)], ("triton",)),
+    "linear": (lambda *t, **o: ops.linear(*t, gelu=True, **o), [(2, 3, 4), (5, 4), (5,)], ()),
     "layer_norm_linear": (
         lambda *t, **o: ops.layer_norm_linear(*t, gelu=True, **o),
         [(2, 3, 4), (5, 4), (5,), (4,), (4,)],
-        ("triton",),
+        (),
     ),
-    "mlp": (ops.mlp, [(2, 3, 4), (5, 4), (5,), (4, 5), (4,)], ("triton",)),
+    "mlp": (ops.mlp, [(2, 3, 4), (5, 4), (5,), (4, 5), (4,)], ()),
     "add_layer_norm": (add_layer_norm, [(2, 3, 4), (2, 3, 4), (4,), (4,)], ("triton",)),
     "se_gate": (
         lambda x, r, e, res, s, **o: ops.se_gate(x, r, e, residual=res, branch_scale=s, **o),

@@ -9,8 +9,8 @@ from helpers import gradients, hand_written, leaves, skip_unless_possible
 from torch import Tensor
 
 from t2t_fast import BackendUnavailable, ops
-from t2t_fast.ops.soft_split import output_grid
-from t2t_fast.reference import soft_split as reference
+from t2t_fast.ops.soft_splits import output_grid, reference
+from t2t_fast.ops.soft_splits.arguments import Geometry
 
 pytestmark = pytest.mark.usefixtures("on_device", "poisoned")
 
@@ -61,13 +61,13 @@ def test_forward_is_exact(backend: str, case: tuple, dtype: torch.dtype) -> None
 @pytest.mark.parametrize("tokens", [False, True])
 def test_backward_is_the_adjoint(case: tuple, tokens: bool) -> None:
     channels, height, width, kernel, stride, padding = case
-    geometry = pairs(kernel, stride, padding)
+    geometry = Geometry(*pairs(kernel, stride, padding))
     grid = (height, width) if tokens else None
     shape = (2, height * width, channels) if tokens else (2, channels, height, width)
     x = torch.randn(shape, dtype=torch.float64)
-    out = reference.forward(x, *geometry, grid)
+    out = reference.soft_split(x, geometry, grid)
     grad = torch.randn_like(out)
-    dx = reference.backward(grad, shape, *geometry, grid)
+    dx = reference.soft_split_backward(grad, shape, geometry, grid)
     torch.testing.assert_close((out * grad).sum(), (x * dx).sum(), rtol=1e-12, atol=1e-10)
     for backend in BACKENDS:
         (found,) = gradients(lambda x, b=backend: ops.soft_split(x, *geometry, grid=grid, backend=b), [x], grad)
@@ -80,9 +80,10 @@ def test_gradcheck(backend: str) -> None:
     function = lambda x: ops.soft_split(x, 3, 2, 1, backend=backend)  # noqa: E731
     assert torch.autograd.gradcheck(function, (x,))
     assert torch.autograd.gradgradcheck(function, (x,))
+    geometry = Geometry((3, 3), (2, 2), (1, 1))
     by_hand = hand_written(
-        lambda x: reference.forward(x, (3, 3), (2, 2), (1, 1), None),
-        lambda grad, x: reference.backward(grad, tuple(x.shape), (3, 3), (2, 2), (1, 1), None),
+        lambda x: reference.soft_split(x, geometry, None),
+        lambda grad, x: reference.soft_split_backward(grad, tuple(x.shape), geometry, None),
         1,
     )
     assert torch.autograd.gradcheck(by_hand, (x,))

@@ -13,8 +13,8 @@ from helpers import TOLERANCES, assert_close, gradients, hand_written, leaves, r
 from torch import Tensor
 
 from t2t_fast import ops
-from t2t_fast.aten import soft_split_linear as aten
-from t2t_fast.reference import soft_split_linear as reference
+from t2t_fast.ops.soft_splits import aten, reference
+from t2t_fast.ops.soft_splits.arguments import Geometry, Norm, Split
 
 pytestmark = pytest.mark.usefixtures("on_device", "poisoned")
 
@@ -51,6 +51,23 @@ def run(backend: str, tensors: list[Tensor | None], geometry: tuple) -> Tensor:
     return ops.soft_split_linear(*tensors, *geometry, backend=backend)
 
 
+def split_of(gamma: Tensor | None, beta: Tensor | None, geometry: tuple) -> Split:
+    *pairs, grid, eps = geometry
+    return Split(Geometry(*pairs), grid, None if gamma is None else Norm(gamma, beta, eps))
+
+
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Any, beta: Any, *geometry: Any) -> Tensor:
+    """The definition."""
+    return reference.soft_split_linear(x, weight, bias, split_of(gamma, beta, geometry))
+
+
+def backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Any, beta: Any, *geometry: Any
+) -> tuple[Tensor | None, ...]:
+    """The definition's gradients."""
+    return reference.soft_split_linear_backward(grad, x, weight, bias, split_of(gamma, beta, geometry))
+
+
 def double(tensors: list[Tensor | None]) -> list[Tensor | None]:
     return [None if t is None else t.double() for t in tensors]
 
@@ -62,15 +79,15 @@ def double(tensors: list[Tensor | None]) -> list[Tensor | None]:
 def test_forward_and_gradients(backend: str, case: tuple, tokens: bool, dtype: torch.dtype) -> None:
     skip_unless_possible(backend, dtype)
     tensors, geometry = make(case, tokens, dtype=dtype)
-    want = reference.forward(*double(tensors), *geometry)
+    want = forward(*double(tensors), *geometry)
     got = run(backend, tensors, geometry)
     n = tensors[1].shape[1]
     assert got.dtype == dtype
     assert_close(got, want, dtype, n)
     grad = torch.randn_like(want).to(dtype)
-    wanted = reference.backward(grad.double(), *double(tensors), *geometry)
+    wanted = backward(grad.double(), *double(tensors), *geometry)
     found = gradients(lambda *t: run(backend, list(t), geometry), tensors, grad)
-    moves = rounding_moves(lambda *t: reference.backward(grad.double(), *t, *geometry), double(tensors), dtype)
+    moves = rounding_moves(lambda *t: backward(grad.double(), *t, *geometry), double(tensors), dtype)
     for g, w, conditioning in zip(found, wanted, moves, strict=True):
         assert_close(g, w, dtype, max(n, want.shape[0] * want.shape[1]), grad=True, conditioning=conditioning)
 
@@ -88,9 +105,9 @@ def test_patches_of_one_value_normalise_to_zero(backend: str) -> None:
 def test_optional_arguments(backend: str, norm: bool, bias: bool) -> None:
     for tokens in (False, True):
         tensors, geometry = make(CASES[1], tokens, norm, bias)
-        assert_close(run(backend, tensors, geometry), reference.forward(*tensors, *geometry), torch.float64, 576)
+        assert_close(run(backend, tensors, geometry), forward(*tensors, *geometry), torch.float64, 576)
     tensors[4] = None  # a LayerNorm without beta
-    assert_close(run(backend, tensors, geometry), reference.forward(*tensors, *geometry), torch.float64, 576)
+    assert_close(run(backend, tensors, geometry), forward(*tensors, *geometry), torch.float64, 576)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
@@ -105,7 +122,7 @@ def test_folded(backend: str, tokens: bool, dtype: torch.dtype) -> None:
     image[1] = 7
     folded = [t.to(dtype) for t in (weight * gamma - (weight * gamma).mean(1, keepdim=True), weight @ beta + bias)]
     inputs = [image.to(dtype), *folded, None, None]
-    want = reference.forward(image.to(dtype).double(), weight, bias, gamma, beta, *geometry)
+    want = forward(image.to(dtype).double(), weight, bias, gamma, beta, *geometry)
     with torch.no_grad():
         got = ops.soft_split_linear(*inputs, *geometry, folded=True, backend=backend)
     assert got.dtype == dtype
@@ -116,7 +133,7 @@ def test_folded(backend: str, tokens: bool, dtype: torch.dtype) -> None:
         (found,) = gradients(
             lambda x: ops.soft_split_linear(x, *inputs[1:], *geometry, folded=True, backend=backend), [x], grad
         )
-        assert_close(found, reference.backward(grad, x, *tensors[1:], *geometry)[0], dtype, 576, grad=True)
+        assert_close(found, backward(grad, x, *tensors[1:], *geometry)[0], dtype, 576, grad=True)
 
 
 @pytest.mark.parametrize("tokens", [False, True])
@@ -127,7 +144,7 @@ def test_gradcheck(tokens: bool, norm: bool) -> None:
     for backend in BACKENDS:
         fast = backend == "triton" and tokens  # the interpreter takes its time
         assert torch.autograd.gradcheck(lambda *t, b=backend: run(b, list(t), geometry), inputs, fast_mode=fast)
-    assert torch.autograd.gradcheck(hand_written(reference.forward, reference.backward, 5), (*inputs, *geometry))
+    assert torch.autograd.gradcheck(hand_written(forward, backward, 5), (*inputs, *geometry))
     for backend in ("reference", "aten"):
         assert torch.autograd.gradgradcheck(lambda *t, b=backend: run(b, list(t), geometry), inputs)
 
@@ -149,13 +166,13 @@ def odd_geometries() -> list[tuple]:
 def test_odd_geometries_in_triton(case: tuple) -> None:
     tokens, dtype = case[1] % 2 == 0 or case[0] > 3, torch.float64 if case[4] % 2 else torch.float32
     tensors, geometry = make(case, tokens, norm=case[3] > 1, dtype=dtype)
-    want = reference.forward(*double(tensors), *geometry)
+    want = forward(*double(tensors), *geometry)
     n = tensors[1].shape[1]
     assert_close(run("triton", tensors, geometry), want, dtype, n)
     grad = torch.randn_like(want).to(dtype)
-    wanted = reference.backward(grad.double(), *double(tensors), *geometry)
+    wanted = backward(grad.double(), *double(tensors), *geometry)
     found = gradients(lambda *t: run("triton", list(t), geometry), tensors, grad)
-    moves = rounding_moves(lambda *t: reference.backward(grad.double(), *t, *geometry), double(tensors), dtype)
+    moves = rounding_moves(lambda *t: backward(grad.double(), *t, *geometry), double(tensors), dtype)
     for g, w, conditioning in zip(found, wanted, moves, strict=True):
         assert (g is None) == (w is None)
         if g is not None:
@@ -164,9 +181,9 @@ def test_odd_geometries_in_triton(case: tuple) -> None:
 
 def test_any_memory_format_in_triton() -> None:
     (x, *weights), geometry = make((5, 9, 12, 3, 2, 1, 7), False)
-    want = reference.forward(x, *weights, *geometry)
+    want = forward(x, *weights, *geometry)
     grad = torch.randn_like(want)
-    wanted = reference.backward(grad, x, *weights, *geometry)[0]
+    wanted = backward(grad, x, *weights, *geometry)[0]
     padded = torch.randn(4, 7, 20, 30, dtype=x.dtype)
     padded[::2, 1:6, 3:12, 2:26:2] = x
     views = {
@@ -182,9 +199,7 @@ def test_any_memory_format_in_triton() -> None:
     strided = [weight.t().contiguous().t(), torch.stack((bias, bias), 1)[:, 0], gamma.flip(0).flip(0), beta]
     for name, tensors in {"weights": strided, "one bias": [weight, bias[:1].expand(7), gamma, None]}.items():
         plain = [None if t is None else t.contiguous() for t in tensors]
-        torch.testing.assert_close(
-            run("triton", [x, *tensors], geometry), reference.forward(x, *plain, *geometry), msg=name
-        )
+        torch.testing.assert_close(run("triton", [x, *tensors], geometry), forward(x, *plain, *geometry), msg=name)
     aligned = torch.randn(16, 8, dtype=x.dtype).t()  # rows of 16 values, which need no padding
     image = torch.randn(2, 4, 6, 6, dtype=x.dtype)
     got = ops.soft_split_linear(image, aligned, bias[:1].expand(8), None, None, 2, 2, 0, backend="triton")
@@ -192,17 +207,17 @@ def test_any_memory_format_in_triton() -> None:
     torch.testing.assert_close(got, want_)
     expanded = x[:1, :1].expand(3, 5, 9, 12)
     got = run("triton", [expanded, *weights], geometry)
-    torch.testing.assert_close(got, reference.forward(expanded, *weights, *geometry))
+    torch.testing.assert_close(got, forward(expanded, *weights, *geometry))
     one = torch.ones((), dtype=x.dtype).expand_as(want)  # what sum().backward() passes
     (found,) = gradients(lambda image: run("triton", [image, *weights], geometry), [x], one)
-    torch.testing.assert_close(found, reference.backward(one, x, *weights, *geometry)[0])
+    torch.testing.assert_close(found, backward(one, x, *weights, *geometry)[0])
 
 
 def test_large_mean_and_small_deviation_in_triton() -> None:
     """Mean 1000, standard deviation 1e-3: the variance comes from differences to a value of the patch."""
     tensors, geometry = make((3, 40, 40, 7, 4, 0, 24), False, dtype=torch.float32)
     tensors[0] = 1000 + 1e-3 * torch.randn(2, 3, 40, 40)
-    want = reference.forward(*double(tensors), *geometry)
+    want = forward(*double(tensors), *geometry)
     assert_close(run("triton", tensors, geometry), want, torch.float32, 147)
     rounding = 2**-53 * 1000 / 1e-3  # of the input itself
     assert_close(run("triton", double(tensors), geometry), want, torch.float64, 147, conditioning=rounding)
@@ -212,14 +227,14 @@ def test_float16_where_factors_leave_its_range_in_triton() -> None:
     """rstd of 100 on gradients of 1000, as a loss scale makes them; values 100,000 away from a window's others."""
     tensors, geometry = make((8, 10, 10, 3, 2, 1, 8), False, dtype=torch.float16)
     tensors[0], tensors[1] = 1e-2 * tensors[0], tensors[1] / 16
-    want = reference.forward(*double(tensors), *geometry)
+    want = forward(*double(tensors), *geometry)
     grad = (1000 * torch.randn(want.shape)).half()
-    wanted = reference.backward(grad.double(), *double(tensors), *geometry)
+    wanted = backward(grad.double(), *double(tensors), *geometry)
     assert 1e3 < wanted[0].abs().max() < 6e4
     found = gradients(lambda *t: run("triton", list(t), geometry), tensors, grad)
     assert_close(found[0], wanted[0], torch.float16, 72, grad=True)
     tensors[0] = torch.where(torch.rand(tensors[0].shape) < 0.5, 6e4, -6e4).half()
-    want = reference.forward(*double(tensors), *geometry)
+    want = forward(*double(tensors), *geometry)
     assert_close(run("triton", tensors, geometry), want, torch.float16, 72)
 
 
@@ -229,9 +244,9 @@ def test_gradients_on_flat_images_in_triton(name: str) -> None:
     x = flat_images()[name].float()
     exact = double([x, *weights])
     grad = torch.randn(1, 12 * 12, 24)
-    wanted = reference.backward(grad.double(), *exact, *geometry)
+    wanted = backward(grad.double(), *exact, *geometry)
     found = gradients(lambda *t: run("triton", list(t), geometry), [x, *weights], grad)
-    moves = rounding_moves(lambda *t: reference.backward(grad.double(), *t, *geometry), exact, torch.float32)
+    moves = rounding_moves(lambda *t: backward(grad.double(), *t, *geometry), exact, torch.float32)
     for g, w, conditioning in zip(found, wanted, moves, strict=True):
         assert_close(g, w, torch.float32, 147, grad=True, conditioning=conditioning)
 
@@ -263,12 +278,12 @@ def test_flat_images(name: str, dtype: torch.dtype) -> None:
     (_, weight, bias, gamma, beta), geometry = make((3, 48, 48, 7, 4, 2, 24), False, dtype=dtype)
     x = flat_images()[name].to(dtype)
     exact = double([x, weight, bias, gamma, beta])
-    want = reference.forward(*exact, *geometry)
+    want = forward(*exact, *geometry)
     tested = [b for b in ("aten", "triton") if b == "aten" or torch.cuda.is_available() or dtype != torch.bfloat16]
     error = {b: (run(b, [x, weight, bias, gamma, beta], geometry).double() - want).abs().max().item() for b in tested}
     # What one float32 rounding of the image does to the exact output: float32 sums cannot promise better.
     exact[0] = exact[0] * (1 + 2**-24 * torch.randn(x.shape, dtype=torch.float64))
-    conditioning = (reference.forward(*exact, *geometry) - want).abs().max().item()
+    conditioning = (forward(*exact, *geometry) - want).abs().max().item()
     unit, rounding = TOLERANCES[dtype].unit, 2**-24 if dtype != torch.float64 else 2**-53
     bound = 8 * unit * (1 + 147**0.5) * want.abs().max().item()
     assert max(error.values()) <= bound + 16 * conditioning * rounding / 2**-24
@@ -283,14 +298,14 @@ def test_constant_patches_are_exact(backend: str, dtype: torch.dtype, value: flo
     tensors, geometry = make((3, 24, 24, 7, 4, 0, 24), False, dtype=dtype)
     tensors[0] = torch.full((2, 3, 24, 24), value, dtype=dtype)
     constant = run(backend, tensors, geometry)
-    assert_close(constant, reference.forward(*double(tensors), *geometry), dtype, 147)
+    assert_close(constant, forward(*double(tensors), *geometry), dtype, 147)
     # Beside patches that vary they give the weights no gradient.
     tensors[0][1] = torch.randn(3, 24, 24)
     grad = torch.randn(constant.shape, dtype=torch.float64).to(dtype)
-    wanted = reference.backward(grad.double(), *double(tensors), *geometry)[1:]
+    wanted = backward(grad.double(), *double(tensors), *geometry)[1:]
     found = gradients(lambda *t: run(backend, [tensors[0], *t], geometry), tensors[1:], grad)
     moves = rounding_moves(
-        lambda *t: reference.backward(grad.double(), tensors[0].double(), *t, *geometry)[1:],
+        lambda *t: backward(grad.double(), tensors[0].double(), *t, *geometry)[1:],
         double(tensors[1:]),
         dtype,
     )
@@ -300,7 +315,7 @@ def test_constant_patches_are_exact(backend: str, dtype: torch.dtype, value: flo
 
 def test_variance_of_patches_survives_a_large_mean() -> None:
     x = (1000 + 1e-3 * torch.randn(2, 3, 40, 40, dtype=torch.float64)).float()
-    _, rstd, _ = aten.patch_statistics(x, (7, 7), (4, 4), (0, 0), 1e-5)
+    _, rstd, _ = aten.window_statistics(x, Geometry((7, 7), (4, 4), (0, 0)), 1e-5)
     windows = F.unfold(x.double(), 7, stride=4).transpose(1, 2)
     want = torch.rsqrt(windows.var(-1, correction=0, keepdim=True) + 1e-5)
     # A float32 mean near 1000 is off by up to 3e-5, which adds (3e-5 / 1e-3)**2 to the variance, relatively.
@@ -312,14 +327,14 @@ def test_variance_of_patches_survives_a_large_mean() -> None:
 def test_autocast(backend: str, dtype: torch.dtype) -> None:
     skip_unless_possible(backend, dtype)
     tensors, geometry = make(CASES[0], False, dtype=torch.float32)
-    want = reference.forward(*double(tensors), *geometry)
+    want = forward(*double(tensors), *geometry)
     grad = torch.randn_like(want).to(dtype)
     with torch.autocast(want.device.type, dtype=dtype):
         got = run(backend, tensors, geometry)
         found = gradients(lambda *t: run(backend, list(t), geometry), tensors, grad)
     assert got.dtype == dtype
     assert_close(got, want, dtype, 147)
-    for g, w, t in zip(found, reference.backward(grad.double(), *double(tensors), *geometry), tensors, strict=True):
+    for g, w, t in zip(found, backward(grad.double(), *double(tensors), *geometry), tensors, strict=True):
         assert g.dtype == t.dtype
         assert_close(g, w, dtype, 147, grad=True)
 
@@ -330,9 +345,9 @@ def test_without_convolutions(case: tuple, norm: bool, monkeypatch: pytest.Monke
     """What float32 on CUDA does while cuDNN could take TF32: products over patches in place of the convolution."""
     tensors, geometry = make(case, False, norm)
     monkeypatch.setattr(aten, "_convolves_in_tf32", lambda image: True)
-    assert_close(run("aten", tensors, geometry), reference.forward(*tensors, *geometry), torch.float64, 576)
-    grad = torch.randn_like(reference.forward(*tensors, *geometry))
-    wanted = reference.backward(grad, *tensors, *geometry)
+    assert_close(run("aten", tensors, geometry), forward(*tensors, *geometry), torch.float64, 576)
+    grad = torch.randn_like(forward(*tensors, *geometry))
+    wanted = backward(grad, *tensors, *geometry)
     found = gradients(lambda *t: run("aten", list(t), geometry), tensors, grad)
     for g, w in zip(found, wanted, strict=True):
         if w is not None:

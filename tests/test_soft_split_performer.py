@@ -16,8 +16,9 @@ from t2t_fast import ops, use_backend
 from t2t_fast.kernels.costs import soft_split_performer
 from t2t_fast.kernels.windows import make_view, make_window
 from t2t_fast.layers import TokensToToken
-from t2t_fast.reference import soft_split_performer as reference
-from t2t_fast.triton import soft_split_performer as triton
+from t2t_fast.ops.performer import reference, triton_layer
+from t2t_fast.ops.performer.arguments import Layer, Options
+from t2t_fast.ops.soft_splits.arguments import Geometry, Norm, Split
 
 pytestmark = pytest.mark.usefixtures("on_device", "poisoned")
 
@@ -83,8 +84,9 @@ def test_folded(case: str, backend: str, dtype: torch.dtype) -> None:
     assert got.dtype == dtype
     assert_close(got, want, dtype, tensors[1].shape[1] + want.shape[1])
     if backend == "triton":
-        split = (*folded[:5], geometry["kernel_size"], None, None, None, 1e-5, True)
-        assert triton.not_joined(split, (*folded[5:], 0.0, 0.0, 1e-8, 1e-5)) is None
+        split = Split(Geometry((7, 7), (4, 4), (2, 2)), None, Norm(None, None, 1e-5))
+        layer, options = Layer(*folded[5:]), Options(0.0, 0.0, 1e-8, 1e-5)
+        assert triton_layer.why_not_joined(*folded[:3], split, layer, options) is None
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -231,11 +233,12 @@ def test_the_whole_module_in_triton(training: bool, dtype: torch.dtype) -> None:
 
 def test_reference_is_the_composition() -> None:
     tensors, _ = make("image")
-    split = (*tensors[:5], (7, 7), (4, 4), (2, 2), None, 1e-5, False)
-    layer = (*tensors[5:], 0.0, 0.0, 1e-8, 1e-5)
-    assert triton.why_not(split, layer) is None or not torch.cuda.is_available()
-    want = reference.forward(split, layer)
-    assert_close(triton.forward(split, layer), want, torch.float64, 200)
+    x, weight, bias, gamma, beta, *layer = tensors
+    split = Split(Geometry((7, 7), (4, 4), (2, 2)), None, Norm(gamma, beta, 1e-5))
+    args = (x, weight, bias, split, Layer(*layer), Options(0.0, 0.0, 1e-8, 1e-5))
+    assert triton_layer.why_not_soft_split_performer(*args) is None or not torch.cuda.is_available()
+    want = reference.soft_split_performer(*args)
+    assert_close(triton_layer.soft_split_performer(*args), want, torch.float64, 200)
 
 
 def test_the_module_keeps_little_for_backward() -> None:

@@ -25,7 +25,7 @@ FLOORS = (
 # The same within ops.
 ROOMS = (
     "t2t_fast.ops.common",
-    "t2t_fast.ops.attention t2t_fast.ops.block t2t_fast.ops.soft_split",
+    "t2t_fast.ops.block t2t_fast.ops.soft_splits t2t_fast.ops.softmax_attention",
     "t2t_fast.ops.performer t2t_fast.ops.se",
     "t2t_fast.ops",  # __init__.py: the public functions
 )

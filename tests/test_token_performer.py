@@ -14,12 +14,24 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from t2t_fast import ops
-from t2t_fast.reference import token_performer as reference
+from t2t_fast.ops.performer import reference
+from t2t_fast.ops.performer.arguments import Layer, Options
 
 pytestmark = pytest.mark.usefixtures("on_device", "poisoned")
 
 BACKENDS = ("reference", "aten", "triton")
-EXACT = (0.0, 0.0, 1e-8, 1e-5)  # no dropout
+EXACT = Options(0.0, 0.0, 1e-8, 1e-5)  # no dropout
+
+
+def forward(kqv: Tensor, *layer: Tensor) -> Tensor:
+    """The definition, without dropout."""
+    return reference.token_performer(kqv, Layer(*layer), EXACT)
+
+
+def backward(grad: Tensor, kqv: Tensor, *layer: Tensor) -> tuple[Tensor, ...]:
+    """The definition's gradients of all tensors."""
+    d_kqv, d_layer = reference.token_performer_backward(grad, kqv, Layer(*layer), EXACT)
+    return d_kqv, *d_layer
 
 
 def make(tokens: int, dim: int, features: int, hidden: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -80,7 +92,7 @@ def test_forward_and_gradients(
     assert got.dtype == dtype
     assert_close(got, want, dtype, tokens + dim)
     grad = torch.randn_like(want).to(dtype)
-    wanted = reference.backward(grad.double(), *exact, *EXACT)
+    wanted = backward(grad.double(), *exact)
     for layer, chosen in ((frozen(tensors, backend=backend), ALL_BUT_W), (learned(backend=backend), slice(None))):
         found = gradients(layer, pick(tensors, chosen), grad)
         for g, w in zip(found, pick(wanted, chosen), strict=True):
@@ -98,7 +110,7 @@ def test_a_norm_without_weights(backend: str, given: tuple[str, ...]) -> None:
         tensors[5], literal[5] = torch.zeros(16, dtype=torch.float64), None
     grad = torch.randn(2, 13, 16, dtype=torch.float64)
     assert_close(ops.token_performer(*literal, backend=backend), by_modules(tensors), torch.float64, 29)
-    wanted = reference.backward(grad, *tensors, *EXACT)
+    wanted = backward(grad, *tensors)
     w = literal.pop(1)
     found = gradients(lambda kqv, *t: ops.token_performer(kqv, w, *t, backend=backend), literal, grad)
     for g, expected, t in zip(found, pick(wanted, ALL_BUT_W), literal, strict=True):
@@ -114,7 +126,7 @@ def test_gradcheck(backend: str) -> None:
     assert torch.autograd.gradcheck(frozen(inputs, backend=backend), pick(inputs, ALL_BUT_W))
     if backend != "triton":  # whose second derivatives test_second_derivatives.py compares
         assert torch.autograd.gradgradcheck(function, inputs)
-    assert torch.autograd.gradcheck(hand_written(reference.forward, reference.backward, 10), (*inputs, *EXACT))
+    assert torch.autograd.gradcheck(hand_written(forward, backward, 10), inputs)
 
 
 @pytest.mark.parametrize("backend", ["aten", "triton"])
@@ -263,7 +275,7 @@ def test_autocast_in_triton() -> None:
     tensors[0] = tensors[0].half()
     grad = torch.randn(2, 33, 16).half()
     exact = [t.double() for t in tensors]
-    wanted = reference.backward(grad.double(), *exact, *EXACT)
+    wanted = backward(grad.double(), *exact)
     with torch.autocast(grad.device.type, dtype=torch.float16):
         out = ops.token_performer(*tensors, backend="triton")
         found = gradients(frozen(tensors, backend="triton"), pick(tensors, ALL_BUT_W), grad)

@@ -17,7 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import t2t_fast
 from t2t_fast import BackendUnavailable, ops
 from t2t_fast.layers import TokenPerformer
-from t2t_fast.reference import soft_split_linear as reference
+from t2t_fast.ops.soft_splits import reference
+from t2t_fast.ops.soft_splits.arguments import Geometry, Norm, Split
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
@@ -34,7 +35,7 @@ def operators() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     x = image(2, 5, 9, 8)
     tokens, stats = torch.randn(2, 20, 7), torch.rand(2, 20)
     weight, offset = image(7, 45), image(7)
-    rows, square, offset5 = image(2, 7, 5), image(5, 5), image(5)
+    rows, offset5 = image(2, 7, 5), image(5)
     library = torch.ops.t2t_fast
     f32 = torch.float32
     shapes = ((2, 9, 48), (8, 16), (16, 16), (16,), (24, 16), (24,), (16, 24), (16,))
@@ -50,14 +51,14 @@ def operators() -> dict[str, tuple[Any, tuple[Any, ...]]]:
             library.soft_split_backward,
             (image(2, 20, 45), [2, 5, 9, 8], True, *GEOMETRY),
         ),
-        "soft_split_linear": (library.soft_split_linear, (x, weight, offset, f32, *GEOMETRY, True, 1e-5, True)),
+        "soft_split_linear": (library.soft_split_linear, (x, weight, offset, f32, True, 1e-5, True, *GEOMETRY)),
         "soft_split_linear without": (
             library.soft_split_linear,
-            (x, weight, None, f32, *GEOMETRY, False, 1e-5, False),
+            (x, weight, None, f32, False, 1e-5, False, *GEOMETRY),
         ),
         "soft_split_linear_backward_weight": (
             library.soft_split_linear_backward_weight,
-            (tokens, x.detach(), stats, stats, f32, *GEOMETRY, True, True),
+            (tokens, x.detach(), stats, stats, f32, True, True, *GEOMETRY),
         ),
         "performer_attention": (library.performer_attention, (*image(3, 2, 9, 16).unbind(), image(8, 16), 1e-8)),
         "performer_attention_backward": (
@@ -78,16 +79,10 @@ def operators() -> dict[str, tuple[Any, tuple[Any, ...]]]:
                 torch.randn(48),
                 *(t.detach() for t in layer[1:]),
                 f32,
+                1e-5,
                 *GEOMETRY,
-                1e-5,
-                1e-8,
-                1e-5,
+                *(0.0, 0.0, 1e-8, 1e-5),
             ),
-        ),
-        "layer_norm_linear": (library.layer_norm_linear, (rows, square, offset5, f32, True, 1e-5, True, True)),
-        "layer_norm_linear without": (
-            library.layer_norm_linear,
-            (rows, square, None, f32, False, 0.0, False, True),
         ),
         "add_layer_norm": (library.add_layer_norm, (rows, rows, offset5, offset5, torch.rand(2), 1e-5, True)),
         "add_layer_norm without": (library.add_layer_norm, (rows, rows, None, None, None, 1e-5, True)),
@@ -97,7 +92,7 @@ def operators() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         ),
         "soft_split_linear_backward_input": (
             library.soft_split_linear_backward_input,
-            (tokens, x.detach(), weight.detach(), offset.detach(), tokens, stats, stats, f32, *GEOMETRY, True),
+            (tokens, x.detach(), weight.detach(), offset.detach(), tokens, stats, stats, f32, True, *GEOMETRY),
         ),
     }
 
@@ -295,7 +290,8 @@ def test_no_tensor_as_large_as_the_long_tokens() -> None:
 def test_statistics_are_kept_only_for_training() -> None:
     operator, args = operators()["soft_split_linear"]
     assert [t.shape for t in operator(*args)[1:]] == [(2, 20), (2, 20)]
-    assert [t.numel() for t in operator(*args[:-1], False)[1:]] == [0, 0]
+    *before, _, kernel_size, stride, padding = args
+    assert [t.numel() for t in operator(*before, False, kernel_size, stride, padding)[1:]] == [0, 0]
 
 
 def test_the_input_gets_no_gradient_that_nobody_wants() -> None:
@@ -363,7 +359,8 @@ def test_autocast_takes_16_bit_tokens_and_float32_weights() -> None:
     x, weight = torch.randn(2, 3, 9, 9).half(), torch.randn(4, 27)
     with torch.autocast(x.device.type, dtype=torch.float16):
         got = ops.soft_split_linear(x, weight, None, torch.ones(27), None, 3, 2, 1, **TRITON)
-    want = reference.forward(x.double(), weight.double(), None, torch.ones(27).double(), None, *GEOMETRY, None, 1e-5)
+    split = Split(Geometry(*GEOMETRY), None, Norm(torch.ones(27).double(), None, 1e-5))
+    want = reference.soft_split_linear(x.double(), weight.double(), None, split)
     assert got.dtype == torch.float16
     assert_close(got, want, torch.float16, 27)
 
@@ -387,8 +384,8 @@ def test_reference_is_what_the_operator_computes() -> None:
     operator, (x, weight, offset, *rest) = operators()["soft_split_linear"]
     centred = weight - weight.mean(1, keepdim=True)
     tokens, mean, rstd = operator(x, centred, offset, *rest)
-    unit = torch.ones(45)
-    want = reference.forward(x, centred, offset, unit, None, *GEOMETRY, None, 1e-5)
+    split = Split(Geometry(*GEOMETRY), None, Norm(torch.ones(45), None, 1e-5))
+    want = reference.soft_split_linear(x, centred, offset, split)
     torch.testing.assert_close(tokens, want)
     patches = ops.soft_split(x, *GEOMETRY, backend="reference")
     torch.testing.assert_close(mean, patches.mean(-1))

@@ -1,5 +1,6 @@
-// What lies between the two products of the SE-augmented MLP: six passes, implemented for the CPU (per instruction set)
-// and for CUDA. All arrays are contiguous. "acc" is double for double tokens and float for every other dtype.
+// What se_mlp and se_gate compute between and behind the library's matmuls, forward and backward: seven passes,
+// implemented for the CPU (per instruction set) and for CUDA. All arrays are contiguous. "acc" is double for double
+// tokens and float for every other dtype.
 #pragma once
 
 #include <cstdint>

@@ -224,7 +224,8 @@ def _gelu_linear(*tensors: Any, backend: str) -> Tensor:
 
 
 N, C, H = 197, 384, 1152
-_TRITON, _NATIVE = ("reference", "aten", "triton"), ("reference", "aten", "native")
+_LIBRARY = ("reference", "aten")
+_TRITON, _NATIVE = (*_LIBRARY, "triton"), (*_LIBRARY, "native")
 CASES = (
     _soft_split("image to 192", 3, 224, 7, 4, 192, norm=True),
     _soft_split("tokens to 192", 64, 56, 3, 2, 192, as_tokens=True, norm=True),
@@ -234,17 +235,17 @@ CASES = (
     _simple("performer_attention", "3136 tokens", [(-1, 3136, 192), (32, 64)],
             _work(2 * 3136 * 32 * 64 * 4, 3136 * 192, 3136 * 64), _TRITON, _performer, (1,)),
     _simple("layer_norm_linear", "384 to 1152", [(-1, N, C), (H, C), (H,), (C,), (C,)],
-            _work(2 * N * C * H, N * C, N * H), _TRITON, ops.layer_norm_linear),
+            _work(2 * N * C * H, N * C, N * H), _LIBRARY, ops.layer_norm_linear),
     _simple("linear", "384 to 1152, gelu", [(-1, N, C), (H, C), (H,)],
-            _work(2 * N * C * H, N * C, N * H), _TRITON, _gelu_linear),
+            _work(2 * N * C * H, N * C, N * H), _LIBRARY, _gelu_linear),
     _simple("mlp", "384, hidden 1152", [(-1, N, C), (H, C), (H,), (C, H), (C,)],
-            _work(4 * N * C * H, N * C, N * C), _TRITON, ops.mlp),
+            _work(4 * N * C * H, N * C, N * C), _LIBRARY, ops.mlp),
     _simple("add_layer_norm", "384", [(-1, N, C), (-1, N, C), (C,), (C,)],
             _work(0, 2 * N * C, 2 * N * C), _TRITON, ops.add_layer_norm),
     _simple("attention", "6 heads, 197 tokens", [(-1, N, 3 * C)],
-            _work(4 * N * N * C, 3 * N * C, N * C), ("reference", "aten"), _attention),
+            _work(4 * N * N * C, 3 * N * C, N * C), _LIBRARY, _attention),
     _simple("attention", "1 head, 3136 tokens", [(-1, 3136, 192)],
-            _work(4 * 3136 * 3136 * 64, 3 * 3136 * 64, 3136 * 64), ("reference", "aten"), _attention),
+            _work(4 * 3136 * 3136 * 64, 3 * 3136 * 64, 3136 * 64), _LIBRARY, _attention),
     _simple("se_gate", "384", [(-1, N, C), (C // 16, C), (C, C // 16)],
             _work(0, N * C, N * C), _NATIVE, ops.se_gate),
     _simple("se_mlp", "384, hidden 1152", [(-1, N, C), (H, C), (H,), (C, H), (C,), (C // 16, C), (C, C // 16)],

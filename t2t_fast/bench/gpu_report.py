@@ -49,8 +49,8 @@ from t2t_fast.usage import OneLineParser, UsageError
 
 LINES = 95  # of the summary
 TOLD = 6  # failures and skips of one stage in the summary
-_OPS = """soft_split soft_split_linear performer_attention token_performer soft_split_performer layer_norm_linear
-add_layer_norm mlp linear block triton se_gate se_mlp"""
+_OPS = """soft_split soft_split_linear performer_attention token_performer soft_split_performer
+add_layer_norm block triton se_gate se_mlp"""
 OPS_TESTS = tuple(f"tests/test_{name}.py" for name in _OPS.split())
 GPU_TESTS = tuple(f"tests/test_{name}.py" for name in ("gpu", "graph_runner", "optimize", "se_native", "triton"))
 PEERS = ("t2t_vit_14", "t2t_vit_t_14", "deit_small_patch16_224", "resnet50")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ from t2t_fast.kernels import (
 )
 from t2t_fast.kernels.launch import Launch
 from t2t_fast.kernels.windows import View, Window, make_view, make_window
-from t2t_fast.reference.soft_split import as_image
+from t2t_fast.ops.performer.arguments import Options, Sums
 
 # The uses in t2t_vit_14 at 224 px: channels, side, kernel, stride, padding, out, as tokens, with a LayerNorm.
 USES = {
@@ -46,18 +45,19 @@ def shipped_launches(dtype: torch.dtype) -> Iterator[tuple[str, str, Launch, boo
         tokens, offset = empty(batch, length, out), empty(out, dtype=torch.float32)
         mean, rstd, coefficient = (empty(batch, length, dtype=torch.float32) for _ in range(3))
         packed = soft_split_linear.pack_weight(empty(out, window.num_features), window, dtype)
-        for name, statistics in (("", None), (" training", (mean, rstd)))[: 1 + norm]:
-            launch = soft_split_linear.forward_launch(
-                image, packed, offset, tokens, statistics, view, window, norm, 1e-5
-            )
+        statistics = soft_split_linear.Statistics(mean, rstd)
+        for name, kept in (("", None), (" training", statistics))[: 1 + norm]:
+            launch = soft_split_linear.forward_launch(image, packed, offset, tokens, kept, view, window, norm, 1e-5)
             yield f"soft_split_linear forward{name}", use, launch, True
         d_weight = empty(4, out, window.num_features, dtype=torch.float32)
+        given = statistics if norm else None
         launch = soft_split_linear.backward_weight_launch(
-            tokens, image, (mean, rstd) if norm else None, d_weight, d_weight[:, :, 0], dtype, view, window
+            tokens, image, given, d_weight, d_weight[:, :, 0], dtype, view, window
         )
         yield "soft_split_linear backward weight", use, launch, True
-        triple = (mean, rstd, coefficient) if norm else None
-        launch = soft_split_linear.backward_input_launch(tokens, packed, image, triple, image, view, window)
+        launch = soft_split_linear.backward_input_launch(
+            tokens, packed, image, given, coefficient if norm else None, image, view, window
+        )
         yield "soft_split_linear backward input", use, launch, True
         if norm:
             launch = soft_split_linear.coefficient_launch(
@@ -76,31 +76,9 @@ def shipped_launches(dtype: torch.dtype) -> Iterator[tuple[str, str, Launch, boo
 
 def block_launches(dtype: torch.dtype) -> Iterator[tuple[str, str, Launch, bool]]:
     """As :func:`shipped_launches`, of what the backbone's blocks can launch: T2T-ViT-14, 197 tokens of 384 channels."""
-    batch, tokens, dim, hidden = 8, 197, 384, 1152
-    rows, weight = (torch.empty(*shape, dtype=dtype, device="meta") for shape in ((batch, tokens, dim), (hidden, dim)))
-    wide, offset = rows.new_empty(batch, tokens, hidden), torch.empty(hidden, device="meta")
+    batch, tokens, dim = 8, 197, 384
+    rows = torch.empty(batch, tokens, dim, dtype=dtype, device="meta")
     statistics = torch.empty(batch, tokens, device="meta"), torch.empty(batch, tokens, device="meta")
-    image = as_image(rows, (1, tokens))
-    window = make_window(dim, (1, 1), (1, 1), (0, 0), True)
-    view = make_view(image, window)
-    for name, norm, plain in (("", True, None), (" without norm", False, None), (" training", True, wide)):
-        kept = None if plain is None else statistics
-        launch = soft_split_linear.forward_launch(
-            image, weight, offset, wide, kept, view, window, norm, 1e-5, True, plain
-        )
-        yield f"layer_norm_linear with gelu{name}", "197 tokens", launch, True
-    d_weight = torch.empty(4, hidden, dim, device="meta")
-    launch = soft_split_linear.backward_weight_launch(
-        wide, image, statistics, d_weight, d_weight[:, :, 0], dtype, view, window
-    )
-    yield "layer_norm_linear backward weight", "197 tokens", launch, True
-    triple = (*statistics, statistics[0])
-    yield (
-        "layer_norm_linear backward input",
-        "197 tokens",
-        soft_split_linear.backward_input_launch(wide, weight, image, triple, image, view, window),
-        True,
-    )
     vector, scale, splits = torch.empty(dim, device="meta"), torch.empty(batch, device="meta"), 4
     for name, factor, kept in (("", None, None), (" training", scale, statistics)):
         launch = add_layer_norm.forward_launch(rows, rows, factor, vector, vector, rows, rows, kept, 1e-5)
@@ -117,10 +95,10 @@ def joined_launch(
 ) -> Launch:
     batch, length, dim, features, splits = image.shape[0], view.grid_h * view.grid_w, packed.shape[0] // 3, 32, 4
     total = torch.empty(batch, splits, features, device="meta")
-    sums = (total, total, torch.empty(*total.shape, dim, device="meta"))
+    parts = Sums(total, total, torch.empty(*total.shape, dim, device="meta"))
     v, exponents = torch.empty(batch, length, dim, dtype=dtype, device="meta"), total.new_empty(batch, length, features)
     w = torch.empty(features, dim, dtype=dtype, device="meta")
-    return soft_split_performer.forward_launch(image, packed, offset, w, exponents, v, sums, view, window, 1e-5)
+    return soft_split_performer.forward_launch(image, packed, offset, w, exponents, v, parts, view, window, 1e-5)
 
 
 def performer_launches(dtype: torch.dtype) -> Iterator[tuple[str, str, Launch, bool]]:
@@ -130,49 +108,45 @@ def performer_launches(dtype: torch.dtype) -> Iterator[tuple[str, str, Launch, b
     y = torch.empty(batch, length, dim, dtype=dtype, device="meta")
     w = torch.empty(features, dim, dtype=dtype, device="meta")
 
-    def sums(*shape: int) -> tuple[Tensor, Tensor, Tensor]:
+    def sums(*shape: int) -> Sums:
         total = torch.empty(*shape, features, device="meta")
-        return total, total, torch.empty(*shape, features, dim, device="meta")
+        return Sums(total, total, torch.empty(*shape, features, dim, device="meta"))
 
     parts, whole = sums(batch, splits), sums(batch)
     use, attention = "3136 tokens", performer_attention
-    yield "performer_attention summary", use, attention.summary_launch(k, v, w, *parts), True
-    yield "performer_attention query", use, attention.query_launch(q, w, *whole, y, 1e-8, splits), True
-    for name, dw in (("", None), (" with dw", parts[2])):
-        launch = attention.backward_query_launch(y, q, w, *whole, y, *parts[1:], dw, 1e-8)
+    yield "performer_attention summary", use, attention.summary_launch(k, v, w, parts), True
+    yield "performer_attention query", use, attention.query_launch(q, w, whole, y, 1e-8, splits), True
+    for name, dw in (("", None), (" with dw", parts.summary)):
+        launch = attention.backward_query_launch(y, q, w, whole, y, parts.total, parts.summary, dw, 1e-8)
         yield f"performer_attention backward query{name}", use, launch, True
-        launch = attention.backward_key_launch(k, v, w, *whole, y, y, dw, splits)
+        launch = attention.backward_key_launch(k, v, w, whole, y, y, dw, splits)
         yield f"performer_attention backward key{name}", use, launch, True
-    yield from token_performer_launches(dtype, (q, v, w, whole, y), parts)
+    yield from token_performer_launches(dtype, q, v, w, y, whole, parts)
 
 
 def token_performer_launches(
-    dtype: torch.dtype, tensors: tuple[Any, ...], parts: tuple[Tensor, ...]
+    dtype: torch.dtype, q: Tensor, v: Tensor, w: Tensor, y: Tensor, whole: Sums, parts: Sums
 ) -> Iterator[tuple[str, str, Launch, bool]]:
     """As :func:`shipped_launches`, of the layer behind the attention, without and with its default dropout."""
-    q, v, w, whole, y = tensors
     if not configs.has_config(configs.TOKEN_PERFORMER, v.device, dtype):
         return
-    dim, splits = y.shape[2], parts[0].shape[1]
-    layer = token_performer.Layer(
+    use, dim, splits = "3136 tokens", y.shape[2], parts.total.shape[1]
+    layer = token_performer.FoldedLayer(
         *(torch.empty(*shape, device="meta") for shape in ((dim,), (dim, dim), (dim,), (dim, dim), (dim,)))
     )
     seed = torch.empty(1, dtype=torch.int64, device="meta")
-    eps = (1e-8, 1e-5)
     exponents = torch.empty(*y.shape[:2], w.shape[0], device="meta")
-    nothing = token_performer.make_dropout(None, 0.0, 0.0)
+    plain, dropout = Options(0.0, 0.0, 1e-8, 1e-5), Options(0.1, 0.1, 1e-8, 1e-5)
     launch = token_performer.forward_launch(
-        exponents, y, w, whole, y, layer, nothing, dtype, *eps, splits, from_exponents=True
+        exponents, y, w, whole, y, layer, None, dtype, plain, splits, from_exponents=True
     )
-    yield "token_performer forward from exponents", "3136 tokens", launch, True
-    for name, dropout in (
-        ("", nothing),
-        (" with dropout", token_performer.make_dropout(seed, 0.1, 0.1)),
-    ):
-        launch = token_performer.forward_launch(q, v, w, whole, y, layer, dropout, dtype, *eps, splits)
-        yield f"token_performer forward{name}", "3136 tokens", launch, True
+    yield "token_performer forward from exponents", use, launch, True
+    for name, given, options in (("", None, plain), (" with dropout", seed, dropout)):
+        launch = token_performer.forward_launch(q, v, w, whole, y, layer, given, dtype, options, splits)
+        yield f"token_performer forward{name}", use, launch, True
         if not configs.has_config(configs.TOKEN_PERFORMER_BACKWARD, v.device, dtype):
             continue
-        sums = parts[1], parts[2]
-        launch = token_performer.backward_launch(y, q, v, w, whole, layer, dropout, y, y, sums, layer, dtype, *eps)
-        yield f"token_performer backward{name}", "3136 tokens", launch, True
+        launch = token_performer.backward_launch(
+            y, q, v, w, whole, layer, given, y, y, parts.total, parts.summary, layer, dtype, options
+        )
+        yield f"token_performer backward{name}", use, launch, True

@@ -12,7 +12,7 @@ from torch.types import Device
 from ..checks import as_integer, check_real, factory_options
 from ..dispatch import Decision, is_explaining, tell
 from ..ops import attention
-from ..reference.attention import scores, weigh
+from ..ops.softmax_attention.reference import scores, weigh
 from .mlp import apply_linear
 from .plain import dropout_rate, is_watched
 from .se import SELayer
@@ -69,7 +69,7 @@ class Attention(nn.Module):
 
     @property
     def adds_residual(self) -> bool:
-        """Whether the gate comes last, whose pass can add the residual; see ``add_branch``."""
+        """Whether the gate comes last, whose pass can add the residual; see ``run_branch``."""
         gated = type(self) is Attention and type(self.se_layer) is SELayer and not is_watched(self.se_layer)
         return gated and dropout_rate(self.proj_drop) == 0
 

@@ -14,7 +14,7 @@ from ..checks import LARGEST, check_real, factory_options
 from ..ops import linear
 from ..ops.block.whole import whole_block
 from .attention import Attention
-from .branch import add_and_norm, add_branch, adds_residual, drop_path_scale
+from .branch import add_and_norm, run_branch, adds_residual, drop_path_scale
 from .ghost import GhostAttention, GhostMlp
 from .known_block import KnownBlock, known_block
 from .mlp import Mlp, apply_linear, apply_norm
@@ -106,12 +106,12 @@ class Block(nn.Module):
             return whole_block(x, known.weights, scales)
         y = apply_norm(x, self.norm1)
         if adds_residual(self.attn, self.drop_path):  # with a gate, in whose pass the sum is free
-            x = add_branch(x, y, self.attn, self.drop_path)
+            x = run_branch(x, y, self.attn, self.drop_path)
             y = apply_norm(x, self.norm2)
         else:
             backend = getattr(self.attn, "backend", "auto")
             x, y = add_and_norm(x, self.attn(y), self.norm2, self.drop_path, backend)
-        return add_branch(x, y, self.mlp, self.drop_path)
+        return run_branch(x, y, self.mlp, self.drop_path)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_known"}

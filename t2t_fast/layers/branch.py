@@ -15,7 +15,7 @@ from .plain import are_plain, is_watched
 torch.fx.wrap("add_layer_norm")
 
 
-def add_branch(x: Tensor, y: Tensor, branch: Any, drop_path: nn.Module | None = None) -> Tensor:
+def run_branch(x: Tensor, y: Tensor, branch: Any, drop_path: nn.Module | None = None) -> Tensor:
     """``x + drop_path(branch(y))``; a branch that ``adds_residual`` adds ``x`` in the last of its own passes."""
     if adds_residual(branch, drop_path):
         return branch(y, residual=x, branch_scale=drop_path_scale(drop_path, x))

@@ -9,9 +9,10 @@ from timm.layers import DropPath, use_fused_attn
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..aten.linear import why_not_onednn, why_not_packed
 from ..dispatch import is_explaining, resolve_backend
-from ..ops.block.whole import BlockWeights, Norm, Product
+from ..ops.block.arguments import Norm
+from ..ops.block.aten import why_not_onednn, why_not_packed
+from ..ops.block.whole import BlockWeights, Product
 from ..ops.common.autograd import is_plain_eager
 from .attention import Attention
 from .mlp import Mlp

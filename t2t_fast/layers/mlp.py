@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.types import Device
 
-from ..aten.layer_norm_linear import layer_norm
 from ..checks import check_alike, factory_options
 from ..ops import linear, mlp
+from ..ops.block.aten import layer_norm
 from .plain import are_plain, dropout_rate, is_watched
 
 torch.fx.wrap("linear")
@@ -44,7 +44,7 @@ class Mlp(timm.layers.Mlp):
 
     @property
     def adds_residual(self) -> bool:
-        """Whether :func:`t2t_fast.ops.mlp` runs, which can add the residual; see ``add_branch``."""
+        """Whether :func:`t2t_fast.ops.mlp` runs, which can add the residual; see ``run_branch``."""
         if type(self) is not Mlp or not are_plain(self.fc1, self.act, self.fc2):
             return False
         dropouts = (self.drop1, self.drop2)
@@ -69,7 +69,7 @@ def apply_linear(x: Tensor, module: Any, backend: str) -> Tensor:
 
 
 def apply_norm(x: Tensor, norm: Any) -> Tensor:
-    """``norm(x)``, through :func:`t2t_fast.aten.layer_norm_linear.layer_norm` if that is the same."""
+    """``norm(x)``, through :func:`t2t_fast.ops.block.aten.layer_norm` if that is the same."""
     if isinstance(x, Tensor) and are_plain(norm):  # a tracer's proxy is no Tensor
         check_alike("x", x, ("the LayerNorm's weight", norm.weight))
         return layer_norm(x, norm.weight, norm.bias, norm.eps)

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..aten.linear import multiply_packed, pack, why_not_packed
 from ..dispatch import Decision, is_explaining, resolve_backend, tell
 from ..numerics import product_dtype
 from ..ops import linear
+from ..ops.block.aten import multiply_packed, pack, why_not_packed
 from .plain import is_plain_weight
 
 

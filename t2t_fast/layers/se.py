@@ -10,7 +10,7 @@ from torch.types import Device
 
 from ..checks import factory_options
 from ..ops import se_gate, se_mlp
-from ..ops.common.branch import add_branch
+from ..ops.common.branch import Branch, add_branch
 from .plain import are_plain, dropout_rate, is_watched
 
 torch.fx.wrap("se_gate")
@@ -68,7 +68,7 @@ class SELayer(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None, branch_scale: Tensor | None = None) -> Tensor:
         """(B, N, C) to (B, N, C); ``residual`` and ``branch_scale`` as for :func:`t2t_fast.ops.se_gate`."""
         if not self.is_plain:
-            return add_branch(x * self.fc(x.mean(dim=1)).unsqueeze(1), residual, branch_scale)
+            return add_branch(x * self.fc(x.mean(dim=1)).unsqueeze(1), Branch(residual, branch_scale))
         reduce, expand = self.fc[0].weight, self.fc[2].weight
         return se_gate(x, reduce, expand, residual=residual, branch_scale=branch_scale, backend=self.backend)
 
@@ -107,7 +107,7 @@ class SEMlp(nn.Module):
 
     @property
     def adds_residual(self) -> bool:
-        """Whether the gate's pass can add the residual; see ``add_branch``."""
+        """Whether the gate's pass can add the residual; see ``run_branch``."""
         return type(self) is SEMlp and type(self.se_layer) is SELayer and not is_watched(self.se_layer)
 
     def forward(self, x: Tensor, residual: Tensor | None = None, branch_scale: Tensor | None = None) -> Tensor:

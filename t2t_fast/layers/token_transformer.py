@@ -12,7 +12,7 @@ from torch.types import Device
 from ..checks import factory_options
 from ..ops import soft_split
 from .attention import attend
-from .branch import add_branch
+from .branch import run_branch
 from .mlp import Mlp, apply_linear, apply_norm
 from .plain import is_watched
 from .split import split_linear
@@ -66,7 +66,7 @@ class TokenTransformer(nn.Module):
             y = self.attn(x, split)
         else:
             y = self.attn(self.norm1(soft_split(x, *self.window, grid=grid, backend=self.backend)))
-        return add_branch(y, apply_norm(y, self.norm2), self.mlp)
+        return run_branch(y, apply_norm(y, self.norm2), self.mlp)
 
 
 class TokenAttention(nn.Module):

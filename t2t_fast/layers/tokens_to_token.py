@@ -10,7 +10,7 @@ from torch.types import Device
 
 from ..checks import check_alike, check_tensor, factory_options
 from ..dispatch import resolve_backend
-from ..ops.soft_split import output_grid
+from ..ops.soft_splits import output_grid
 from .plain import is_plain_weight
 from .split import split_linear
 from .token_performer import TokenPerformer

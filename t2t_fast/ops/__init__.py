@@ -1,21 +1,18 @@
-"""The public ops. Each module holds one: checks, the list of implementations, and the docstring with the formula.
+"""The public ops, a folder for each family; no folder has the name of an op.
+
+In a folder, ``op.py`` has the public functions: formula, shapes, checks, and the list of implementations. Those are in
+``reference.py`` (the definition and its hand-written backward), ``aten.py`` (the library's faster operations), and
+``triton.py`` or ``native.py`` (operators of our own). Arguments that travel together are in ``arguments.py``.
 
 Every op takes ``backend=``: ``"auto"`` (no wish of this call's own; see :mod:`t2t_fast.dispatch`), ``"reference"``,
 ``"aten"``, ``"triton"`` or ``"native"``. Naming one that cannot run raises :class:`t2t_fast.BackendUnavailable`.
 """
 
-from .add_layer_norm import add_layer_norm
-from .attention import attention
-from .layer_norm_linear import layer_norm_linear
-from .linear import linear
-from .mlp import mlp
-from .performer_attention import performer_attention
-from .se_gate import se_gate
-from .se_mlp import se_mlp
-from .soft_split import soft_split
-from .soft_split_linear import soft_split_linear
-from .soft_split_performer import soft_split_performer
-from .token_performer import token_performer
+from .block import add_layer_norm, layer_norm_linear, linear, mlp
+from .performer import performer_attention, soft_split_performer, token_performer
+from .se import se_gate, se_mlp
+from .soft_splits import soft_split, soft_split_linear
+from .softmax_attention import attention
 
 __all__ = [
     "add_layer_norm",

@@ -19,7 +19,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from helpers import TOLERANCES, assert_close, rounding_moves  # noqa: E402
 
-from t2t_fast.reference import se_gate, se_mlp  # noqa: E402
+from t2t_fast.ops.block.arguments import MlpWeights  # noqa: E402
+from t2t_fast.ops.common.branch import Branch  # noqa: E402
+from t2t_fast.ops.se import reference  # noqa: E402
+from t2t_fast.ops.se.arguments import GateWeights  # noqa: E402
 
 # (images, tokens, channels, hidden, reduced): one of each, tails, misaligned rows, several tiles, no image at all
 SHAPES = [
@@ -62,6 +65,15 @@ def exact_gradients(function: object, grad: Tensor, tensors: list[Tensor | None]
     return [None if t is None else next(found) for t in inputs]
 
 
+def exact_mlp(x: Tensor, *rest: Tensor | None) -> Tensor:
+    *weights, w_reduce, w_expand, residual, scale = rest
+    return reference.se_mlp(x, MlpWeights(*weights), GateWeights(w_reduce, w_expand), Branch(residual, scale))
+
+
+def exact_gate(x: Tensor, w_reduce: Tensor, w_expand: Tensor, residual: Tensor | None, scale: Tensor | None) -> Tensor:
+    return reference.se_gate(x, GateWeights(w_reduce, w_expand), Branch(residual, scale))
+
+
 def cases(quick: bool) -> Iterator[tuple[tuple[int, ...], torch.dtype, torch.dtype]]:
     """All shapes, each with half of the dtypes; or a few in float32."""
     for i, shape in enumerate(SHAPES[1:4] if quick else SHAPES):
@@ -89,7 +101,7 @@ def check(library: object, ways: list[tuple[bool, int]], number: int, case: tupl
     whole = leaves(shape, dtype, out, bias)
     small = [whole[0], *whole[5:]]
     grad = torch.randn(shape[:3]).to(out if bias else dtype)
-    for function, run, tensors in ((se_mlp.forward, run_mlp, whole), (se_gate.forward, run_gate, small)):
+    for function, run, tensors in ((exact_mlp, run_mlp, whole), (exact_gate, run_gate, small)):
         want = function(*double(tensors))
         wanted = exact_gradients(function, grad, tensors)
         moves = rounding_moves(lambda *t, f=function: exact_gradients(f, grad, list(t)), double(tensors), dtype)

@@ -12,17 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...aten import attention
-from ...aten.linear import is_small, multiply, multiply_packed
-from ..common.branch import add_branch
-
-
-class Norm(NamedTuple):
-    """A LayerNorm over the channels."""
-
-    weight: Tensor | None
-    bias: Tensor | None
-    eps: float
+from ..common.branch import Branch, add_branch
+from ..softmax_attention.aten import attend
+from .arguments import Norm
+from .aten import is_small, multiply, multiply_packed
 
 
 class Product(NamedTuple):
@@ -60,7 +53,7 @@ def whole_block(x: Tensor, block: BlockWeights, scales: tuple[Tensor | None, Ten
     batch, tokens, _ = x.shape
     qkv = _multiply(_normalize(x, block.norm1), block.qkv).chunk(3, dim=-1)
     q, k, v = (part.unflatten(-1, (block.num_heads, -1)).transpose(1, 2) for part in qkv)
-    y = attention.attend(q, k, v, block.scale).transpose(1, 2).reshape(batch, tokens, -1)
+    y = attend(q, k, v, block.scale).transpose(1, 2).reshape(batch, tokens, -1)
     x = _add(_multiply(y, block.proj), x, scales[0])
     y = _multiply(_multiply(_normalize(x, block.norm2), block.fc1, gelu=True), block.fc2)
     return _add(y, x, scales[1])
@@ -86,4 +79,4 @@ def _add(y: Tensor, residual: Tensor, scale: Tensor | None) -> Tensor:
     """``residual + scale y``; in the memory of ``y``, which nobody else has, if autograd does not need it."""
     if scale is None and y.dtype == residual.dtype and not (y.requires_grad or residual.requires_grad):
         return y.add_(residual)
-    return add_branch(y, residual, scale)
+    return add_branch(y, Branch(residual, scale))

@@ -43,11 +43,6 @@ def why_not_auto(dtype: torch.dtype, x: Tensor) -> str | None:
     return None
 
 
-def why_not_measured() -> str:
-    """Why ``auto`` leaves an op alone that has not been timed on a GPU, and may be slower there than the library."""
-    return "it has not been measured on a GPU yet; ask for it by name"
-
-
 @torch.compiler.assume_constant_result
 def _is_exporting() -> bool:
     return torch.compiler.is_exporting()

@@ -1,0 +1,171 @@
+"""Performer attention as ``torch.ops.t2t_fast.performer_attention``, computed in float32 or better in every dtype."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from ...numerics import compute_dtype
+from ..common import triton as common
+from ..common.autograd import differentiable_backward
+from . import reference
+from .arguments import Sums
+
+# What the kernels hold whole in registers and shared memory.
+_LARGEST = 128
+
+
+def performer_attention(k: Tensor, q: Tensor, v: Tensor, w: Tensor, eps: float) -> Tensor:
+    """(B, T, E) each, w (m, E); returns (B, T, E) in the dtype of ``v``."""
+    return _performer_attention(k, q, v, w, eps)[0]
+
+
+def why_not_performer_attention(k: Tensor, q: Tensor, v: Tensor, w: Tensor, eps: float) -> str | None:
+    """None, or why it cannot run."""
+    if {k.dtype, q.dtype} != {v.dtype}:
+        return f"k, q and v are {k.dtype}, {q.dtype} and {v.dtype}; the kernels take one dtype"
+    return why_not_whole(w) or common.why_not(k.dtype, k, q, v, w)
+
+
+def why_not_whole(w: Tensor) -> str | None:
+    """None, or why the kernels cannot hold ``w`` (m, E) whole."""
+    if max(w.shape) <= _LARGEST:
+        return None
+    return f"w is {w.shape[0]} x {w.shape[1]}; the kernels take up to {_LARGEST} features and channels"
+
+
+def why_not_auto_performer_attention(k: Tensor, q: Tensor, v: Tensor, w: Tensor, eps: float) -> str | None:
+    """None, or why ``auto`` passes it over."""
+    return common.why_not_auto(k.dtype, k)
+
+
+@torch.library.custom_op(
+    "t2t_fast::performer_attention",
+    mutates_args=(),
+    schema="(Tensor k, Tensor q, Tensor v, Tensor w, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _performer_attention(
+    k: Tensor, q: Tensor, v: Tensor, w: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y (B, T, E); and the sums over the keys, which backward needs."""
+    from ...kernels import performer_attention as kernels
+    from ...kernels.rows import num_splits
+
+    w, splits, y = w.contiguous(), num_splits(k), _like(v)
+    sums = sum_keys(k, v, w, splits)
+    kernels.query_launch(q, w, sums, y, eps, splits).run(k.device)
+    return y, *sums
+
+
+def sum_keys(k: Tensor, v: Tensor, w: Tensor, splits: int) -> Sums:
+    """The sums over the keys of each image, ``w`` contiguous."""
+    from ...kernels import performer_attention as kernels
+
+    parts = empty_sums(v, w, splits)
+    kernels.summary_launch(k, v, w, parts).run(k.device)
+    return combine(parts)
+
+
+def combine(parts: Sums) -> Sums:
+    """The sums over all ranges of tokens (B, splits, ...), relative to one common largest exponent."""
+    largest = parts.largest.amax(dim=1)
+    factor = torch.exp(parts.largest - largest.unsqueeze(1))
+    total, summary = (parts.total * factor).sum(dim=1), (parts.summary * factor.unsqueeze(3)).sum(dim=1)
+    return Sums(largest, total, summary)
+
+
+def empty_sums(v: Tensor, w: Tensor, *splits: int) -> Sums:
+    """Sums to be filled, for each image (B, ...) or range of its tokens (B, splits, ...)."""
+    shape, dtype = (v.shape[0], *splits, w.shape[0]), compute_dtype(v)
+    largest, total = (v.new_empty(shape, dtype=dtype) for _ in range(2))
+    return Sums(largest, total, v.new_empty(*shape, w.shape[1], dtype=dtype))
+
+
+def _like(t: Tensor) -> Tensor:
+    return torch.empty(t.shape, dtype=t.dtype, device=t.device)
+
+
+@_performer_attention.register_fake
+def _(k: Tensor, q: Tensor, v: Tensor, w: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _like(v), *empty_sums(v, w)
+
+
+@torch.library.custom_op(
+    "t2t_fast::performer_attention_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor k, Tensor q, Tensor v, Tensor w, Tensor largest, Tensor total, Tensor summary, "
+    "float eps, bool needs_dw) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _backward(
+    grad: Tensor,
+    k: Tensor,
+    q: Tensor,
+    v: Tensor,
+    w: Tensor,
+    largest: Tensor,
+    total: Tensor,
+    summary: Tensor,
+    eps: float,
+    needs_dw: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of k, q, v, and of w (m, E) in float32 or better, or empty."""
+    from ...kernels import performer_attention as kernels
+    from ...kernels.rows import num_splits
+
+    packed, splits, sums = w.contiguous(), num_splits(k), Sums(largest, total, summary)
+    dk, dq, dv = _like(k), _like(q), _like(v)
+    _, d_total, d_summary = empty_sums(v, w, splits)
+    dw_q, dw_k = (torch.empty_like(d_summary) if needs_dw else None for _ in range(2))
+    kernels.backward_query_launch(grad, q, packed, sums, dq, d_total, d_summary, dw_q, eps).run(k.device)
+    d_sums = Sums(largest, d_total.sum(dim=1), d_summary.sum(dim=1))
+    kernels.backward_key_launch(k, v, packed, d_sums, dk, dv, dw_k, splits).run(k.device)
+    if dw_q is None or dw_k is None:
+        return dk, dq, dv, largest.new_empty(0)
+    return dk, dq, dv, dw_q.sum(dim=(0, 1)) + dw_k.sum(dim=(0, 1))
+
+
+@_backward.register_fake
+def _(
+    grad: Tensor, k: Tensor, q: Tensor, v: Tensor, w: Tensor, largest: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *_, needs_dw = rest
+    return _like(k), _like(q), _like(v), largest.new_empty(w.shape if needs_dw else (0,))
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    k, q, v, w, ctx.eps = inputs
+    _, *sums = output
+    ctx.mark_non_differentiable(*sums)
+    ctx.save_for_backward(k, q, v, w, *sums)
+
+
+def _differentiate(ctx: Any, grad: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+    k, q, v, w, *sums = ctx.saved_tensors
+    _, _, _, needs_dw, _ = ctx.needs_input_grad
+    if torch.is_grad_enabled():
+        return differentiable_backward(reference.performer_attention, (k, q, v, w, ctx.eps), grad)
+    dk, dq, dv, dw = _backward(grad, k, q, v, w, *sums, ctx.eps, needs_dw)
+    return dk, dq, dv, dw.to(w.dtype) if needs_dw else None, None
+
+
+_performer_attention.register_autograd(_differentiate, setup_context=_keep)
+
+
+@register_flop_formula(torch.ops.t2t_fast.performer_attention)
+def _flops(k: Any, q: Any, v: Any, w: Any, *args: Any, **kwargs: Any) -> int:
+    return flops(k, w)
+
+
+def flops(k: Any, w: Any) -> int:
+    """phi of keys and queries, A and p A at 2 T m E each, and the denominator."""
+    batch, tokens, dim = k
+    return batch * tokens * w[0] * (8 * dim + 2)
+
+
+@register_flop_formula(torch.ops.t2t_fast.performer_attention_backward)
+def _backward_flops(grad: Any, k: Any, q: Any, v: Any, w: Any, *args: Any, **kwargs: Any) -> int:
+    """As a chain of products: two for each of the forward's."""
+    return 2 * flops(k, w)
