@@ -14,7 +14,7 @@ from ..checks import LARGEST, check_real, factory_options
 from ..ops import linear
 from ..ops.block.whole import whole_block
 from .attention import Attention
-from .branch import add_and_norm, run_branch, adds_residual, drop_path_scale
+from .branch import add_and_norm, adds_residual, drop_path_scale, run_branch
 from .ghost import GhostAttention, GhostMlp
 from .known_block import KnownBlock, known_block
 from .mlp import Mlp, apply_linear, apply_norm
