@@ -145,7 +145,7 @@ def _is_direct(path: StrPath) -> bool:
 def _write_directly(path: StrPath, data: bytes) -> None:
     descriptor = open_descriptor(path)
     if descriptor == 1 and sys.stdout is not None:
-        sys.stdout.flush()  # what was printed comes first
+        sys.stdout.flush()  # earlier output comes first
     with errors_named(path):
         # Opening a descriptor by name would truncate a file that the shell has opened, and fails for sockets.
         target = os.dup(descriptor) if descriptor is not None else path

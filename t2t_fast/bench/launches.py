@@ -75,7 +75,7 @@ def shipped_launches(dtype: torch.dtype) -> Iterator[tuple[str, str, Launch, boo
 
 
 def block_launches(dtype: torch.dtype) -> Iterator[tuple[str, str, Launch, bool]]:
-    """As :func:`shipped_launches`, of what the backbone's blocks can launch: T2T-ViT-14, 197 tokens of 384 channels."""
+    """As :func:`shipped_launches`, of the backbone's blocks: T2T-ViT-14, 197 tokens of 384 channels."""
     batch, tokens, dim = 8, 197, 384
     rows = torch.empty(batch, tokens, dim, dtype=dtype, device="meta")
     statistics = torch.empty(batch, tokens, device="meta"), torch.empty(batch, tokens, device="meta")

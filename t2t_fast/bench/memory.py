@@ -139,8 +139,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = wide_console(110)
     console.print(table_of(result["rows"]))
     console.print(
-        f"MB (10^6 bytes) above what was allocated before, {result['hardware']}, {options.batch_size} images of "
-        f"{options.img_size} px, {options.precision}. kept: for backward; backward and update: with what is kept then."
+        f"MB (10^6 bytes) above the memory allocated before, {result['hardware']}, {options.batch_size} images of "
+        f"{options.img_size} px, {options.precision}. kept: held for backward; backward and update include it."
     )
     print(f"results: {path}")
     return 0

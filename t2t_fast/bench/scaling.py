@@ -212,7 +212,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--batch-size", type=positive_int, default=128, metavar="N", help="images per GPU; default: 128")
     add("--result", type=Path, metavar="JSON", help="file of throughput.py --mode training on a GPU: measured speeds")
     add("--flops", type=positive_number, default=989e12, help="default: 989e12, an H100 SXM's dense bfloat16")
-    add("--efficiency", type=fraction, default=0.25, help="of those, in a training step; default: 0.25, a guess")
+    add(
+        "--efficiency",
+        type=fraction,
+        default=0.25,
+        help="fraction of --flops in a training step; default: 0.25, a guess",
+    )
     add("--bandwidth", type=positive_number, default=3.35e12, help="bytes/s; default: 3.35e12, an H100 SXM's memory")
     add("--node", type=positive_int, default=8, metavar="N", help="GPUs in a node; default: 8")
     add("--link", type=positive_number, default=450e9, help="bytes/s; default: 450e9, NVLink 4 in one direction")

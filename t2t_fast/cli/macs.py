@@ -45,8 +45,7 @@ def add_parser(subparsers: Any) -> None:
         "models",
         metavar="MODEL",
         nargs="*",
-        help="names or patterns, also timm's; zoo: all of this package; paper: those in the paper's tables "
-        "(default: zoo)",
+        help="names or patterns, also timm's; zoo: all of this package, the default; paper: all in the paper's tables",
     )
     parser.add_argument("--img-size", nargs="+", type=pixels, metavar=("H", "W"), help="pixels (default: the model's)")
     parser.add_argument("--json", action="store_true", help="write JSON")
