@@ -140,9 +140,9 @@ def _soft_split(use: str, channels: int, side: int, kernel: int, stride: int, ou
 
 
 def _work(flops: int, read: int, written: int) -> Callable[[int, int], dict[str, Cost]]:
-    """Of a batch, from one image's operations and values: backward has two products for each of forward's.
+    """The work of a batch, from one image's operations and values. Backward has two matmuls for each of forward's.
 
-    It reads the inputs again and the result's gradient, and writes the inputs' gradients.
+    It reads the inputs again and the gradient of the result, and writes the gradients of the inputs.
     """
 
     def work(batch: int, itemsize: int) -> dict[str, Cost]:

@@ -3,7 +3,7 @@
     python benchmarks/resources.py                    # checks all, rewrites benchmarks/resources.json; no GPU needed
     python benchmarks/resources.py --arch 90 --kind bfloat16 --dry-run
 
-A kernel that spills registers, or a 16-bit product that misses the tensor cores, makes the exit status 1.
+The exit status is 1 if a kernel spills registers or a 16-bit matmul does not use the tensor cores.
 """
 
 from __future__ import annotations

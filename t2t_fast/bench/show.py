@@ -33,11 +33,11 @@ def show(result: dict[str, Any]) -> None:
     console.print(_conditions(result, varied))
     console.print(
         "images/s: median of the rounds ± half the interquartile range. speed: relative to the model's reference, "
-        "or else to the first one; median of the rounds. MACs count the attention products."
+        "or else to the first one; median of the rounds. MACs include the matmuls of attention."
     )
     rates = ", ".join(f"{rate / 1e12:.2f} in {name}" for name, rate in result["operations_per_second"].items())
     console.print(
-        "of a product: the model's arithmetic per second over that of one large matrix product on this machine, "
+        "of a product: the model's arithmetic per second over that of one large matmul on this machine, "
         f"{rates} (10^12 operations per second)."
     )
     limits = sorted({row["tolerance"] for row in rows if row["tolerance"] is not None})

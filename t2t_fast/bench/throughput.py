@@ -310,7 +310,7 @@ class _Run:
 
     def _measure_product(self, precision: str) -> None:
         """Keep the best rate of a matmul before and after the rows, as others may slow the machine down at times."""
-        self.report("a large matrix product", 0, 1)
+        self.report("a large matmul", 0, 1)
         found = rates.operations_per_second(product_dtype(precision), self.device)
         best = self.result["operations_per_second"]
         best[precision] = max(found, best.get(precision, 0.0))
