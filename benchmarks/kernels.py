@@ -1,8 +1,8 @@
-"""Every op as T2T-ViT-14 uses it: work, floor, and the time of each implementation over that floor."""
+"""Time every op as T2T-ViT-14 uses it, in every implementation, and compare with a floor."""
 
 import os
 import sys
 
 if __name__ == "__main__":
-    # With -m an uninstalled checkout is found, too, when it is the working directory.
+    # With -m, Python also finds a checkout that is not installed, if it is the working directory.
     os.execv(sys.executable, [sys.executable, "-m", "t2t_fast.bench.kernels", *sys.argv[1:]])

@@ -1,6 +1,6 @@
-"""`pytest benchmarks --benchmark-only`: every op and implementation, for pytest-benchmark's statistics.
+"""`pytest benchmarks --benchmark-only`: every op and implementation, with pytest-benchmark's statistics.
 
-The work, and the time over its floor, are in each benchmark's extra_info; kernels.py has them as a table.
+Each benchmark's extra_info has the work and the time over its floor; kernels.py shows them as a table.
 """
 
 from __future__ import annotations

@@ -4,5 +4,5 @@ import os
 import sys
 
 if __name__ == "__main__":
-    # With -m an uninstalled checkout is found, too, when it is the working directory.
+    # With -m, Python also finds a checkout that is not installed, if it is the working directory.
     os.execv(sys.executable, [sys.executable, "-m", "t2t_fast.bench.tune", *sys.argv[1:]])

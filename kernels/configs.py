@@ -1,7 +1,7 @@
-"""Block sizes, warps and pipeline stages per chip and kind of arithmetic: data, nothing is tuned at run time.
+"""Tables of block sizes, warps and pipeline stages, per chip and kind of arithmetic. Nothing is tuned at run time.
 
-Tables go by compute capability times ten; what a chip's row lacks comes from that of the newest older one. No
-configuration here has been measured on a GPU yet: they are large ones that compile without spilling registers, which
+The keys are compute capabilities times ten; a chip without an entry takes that of the newest older chip. No
+configuration has been measured on a GPU yet: they are the large ones that compile without spilling registers, which
 ``benchmarks/resources.py`` checks.
 """
 
@@ -17,7 +17,7 @@ import triton
 from .launch import Config, chip_of, precision
 
 
-@dataclass(frozen=True, eq=False)  # one of a kind: caches go by identity
+@dataclass(frozen=True, eq=False)  # a cache key, compared by identity
 class Table:
     """Compute capability times ten to kind of arithmetic to configuration.
 
@@ -68,7 +68,7 @@ SOFT_SPLIT_LINEAR_BACKWARD_INPUT = Table(
         100: {"tf32": _config(8, 1, pixels=64, channels=64, out=32)},
     }
 )
-# The Performer's other blocks are whole: all features, all channels.
+# The Performer's other blocks cover all features and all channels.
 PERFORMER_ATTENTION = Table(
     {
         80: {
@@ -123,7 +123,7 @@ TOKEN_PERFORMER_BACKWARD = Table(
             "float32": None,
             "float64": None,
         },
-        86: {"tf32": None},  # 99 KiB of shared memory are too few
+        86: {"tf32": None},  # 99 KiB of shared memory are not enough
         90: {"tf32": _config(8, 1, tokens=16)},
         120: {"half": None, "tf32": None},
     }
@@ -137,27 +137,27 @@ SOFT_SPLIT_LINEAR_COEFFICIENT = _config(4, 1, tokens=32, out=128)
 
 
 def kind(dtype: torch.dtype) -> str:
-    """The kind of arithmetic in which values of ``dtype`` are multiplied now."""
+    """The kind of arithmetic of matmuls of ``dtype`` under the current precision setting."""
     if dtype.itemsize == 2:
         return "half"
     return "tf32" if precision(dtype) == "tf32" else str(dtype).removeprefix("torch.")
 
 
 def pick(table: Table, device: torch.device, dtype: torch.dtype, **sizes: int) -> Config:
-    """The configuration for the chip behind ``device``; blocks named in ``sizes`` are no larger than those need."""
+    """The configuration for the chip of ``device``, with blocks no larger than ``sizes`` require."""
     config = _pick(table, chip_of(device).arch, kind(dtype), tuple(sizes.items()))
     assert config is not None, "ask has_config first"
     return config
 
 
 def has_config(table: Table, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the table's kernel is built for ``dtype`` on the chip behind ``device``."""
+    """Whether the table's kernel exists for ``dtype`` on the chip of ``device``."""
     return _pick(table, chip_of(device).arch, kind(dtype), ()) is not None
 
 
 @functools.lru_cache(maxsize=1024)
 def _pick(table: Table, arch: int, wanted: str, sizes: tuple[tuple[str, int], ...]) -> Config | None:
-    # Newest first; the interpreter takes what no row of its own has from the oldest chip's.
+    # Newest first. The interpreter (0) takes missing entries from the oldest chip.
     rows = [row for a, row in sorted(table.rows.items(), reverse=True) if a <= arch]
     rows += [row for a, row in sorted(table.rows.items()) if a > arch]
     config = next(row[wanted] for row in rows if wanted in row)

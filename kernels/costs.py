@@ -1,4 +1,4 @@
-"""What each kernel must do at least: floating-point operations, and bytes each read or written once."""
+"""The minimal work of each kernel: floating-point operations, and bytes, each read or written once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Cost:
     bytes: int
 
     def floor(self, bytes_per_second: float, flops_per_second: float) -> float:
-        """Seconds that the larger of the two takes on a GPU of these rates."""
+        """Seconds for the bytes or for the operations, whichever takes longer, at these rates."""
         return max(self.bytes / bytes_per_second, self.flops / flops_per_second)
 
     def __add__(self, other: Cost) -> Cost:
@@ -23,14 +23,14 @@ class Cost:
 
 
 def soft_split_linear(batch: int, window: Window, view: View, out: int, itemsize: int, norm: bool) -> dict[str, Cost]:
-    """Forward in inference and in training, and the two halves of backward, by name.
+    """Costs by name: forward in inference and in training, and the two halves of backward.
 
     Args:
         batch: Images.
         window: Kernel size, stride, padding and channels.
         view: Sizes of the image and of the grid of windows.
-        out: Width of the tokens made.
-        itemsize: Bytes per value of image, weight and tokens; sums and statistics take 4.
+        out: Width of the resulting tokens.
+        itemsize: Bytes per value of image, weight and tokens; sums and statistics have 4.
         norm: Whether there is a LayerNorm.
     """
     num_tokens = batch * view.grid_h * view.grid_w
@@ -49,14 +49,14 @@ def soft_split_linear(batch: int, window: Window, view: View, out: int, itemsize
 def soft_split_performer(
     batch: int, window: Window, view: View, dim: int, features: int, hidden: int, itemsize: int
 ) -> dict[str, Cost]:
-    """Forward of a whole stage, and backward without and with the image's gradient, by name.
+    """Costs of a whole stage by name: forward, and backward without and with the image's gradient.
 
     Args:
         batch: Images.
         window: Kernel size, stride, padding and channels.
         view: Sizes of the image and of the grid of windows.
-        dim: Width E of the tokens made.
-        features: Random features m.
+        dim: Width E of the resulting tokens.
+        features: Number m of random features.
         hidden: Width of the MLP's hidden layer.
         itemsize: Bytes per value of image, weights and tokens.
     """

@@ -1,4 +1,4 @@
-"""T2T-ViT as a drop-in library: same checkpoints, same logits, sooner. See README.md."""
+"""T2T-ViT as a drop-in library: same checkpoints, same logits, faster. See README.md."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os as _os
 
 __version__ = "0.1.0"
 
-# In an uninstalled checkout (or with one as working directory) the kernels lie beside the package, not inside.
+# In a checkout that is not installed, kernels/ is beside the package, not inside.
 _sibling = _os.path.join(_os.path.dirname(_os.path.dirname(_os.path.abspath(__file__))), "kernels")
 if not _os.path.isdir(_os.path.join(__path__[0], "kernels")) and _os.path.isdir(_sibling):
     __path__.append(_os.path.dirname(_sibling))

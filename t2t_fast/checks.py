@@ -30,10 +30,6 @@ def factory_options(device: Device, dtype: torch.dtype | None) -> dict[str, Any]
     return {name: option for name, option in options.items() if option is not None}
 
 
-class UsageError(Exception):
-    """A command line asks for what cannot be done; the message is one line that says why, and what can be done."""
-
-
 def check_tensor(name: str, value: object, ndim: int | tuple[int, ...]) -> None:
     """Raise unless ``value`` is a dense floating-point tensor with one of the given numbers of dimensions."""
     if not isinstance(value, Tensor):

@@ -1,13 +1,13 @@
 """Every environment variable that this package reads, parsed strictly, in one place.
 
 ``T2T_FAST_BACKEND``
-    Backend taken where neither the call nor :func:`t2t_fast.use_backend` names one. Read once, at import.
+    The backend if neither the call nor :func:`t2t_fast.use_backend` names one. Read once, at import.
 ``TRITON_INTERPRET``
-    Triton's own: ``1`` when the kernels are imported runs them in its interpreter, on the CPU, for tests.
+    Triton's variable: if it is ``1`` when the kernels are imported, they run in Triton's interpreter on the CPU.
 ``T2T_FAST_NO_EXT``
-    ``1`` skips the C++/CUDA extension at build time. Read by ``setup.py`` alone, like the next.
+    ``1`` skips the build of the C++/CUDA extension. Read by ``setup.py`` alone, like the next.
 ``T2T_FAST_CPU_CAPABILITY``
-    ``DEFAULT``, ``AVX2`` or ``AVX512``: the instructions that the extension is built for; this machine's unless set.
+    ``DEFAULT``, ``AVX2`` or ``AVX512``: instructions that the extension is built for; by default this machine's.
 """
 
 from __future__ import annotations
@@ -33,5 +33,5 @@ BACKEND: str = read_choice("T2T_FAST_BACKEND", BACKENDS, default="auto")
 
 
 def triton_is_interpreted() -> bool:
-    """Whether Triton's interpreter is asked for, by any of the words that Triton takes for yes."""
+    """Whether ``TRITON_INTERPRET`` has one of the values that Triton reads as true."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")

@@ -1,4 +1,4 @@
-"""What runs here: versions, devices and the state of the extension, for bug reports and result files."""
+"""Describe this environment: versions, devices and the state of the extension, for bug reports and result files."""
 
 import os
 import platform
@@ -66,7 +66,7 @@ def _version(package: str) -> str | None:
 
 
 def _output(*command: str) -> str | None:
-    """What the command prints, or None where it is missing, fails or hangs."""
+    """The output of a command; None if the command is missing, fails or hangs."""
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
@@ -74,7 +74,7 @@ def _output(*command: str) -> str | None:
 
 
 def _git_state(root: Path) -> dict[str, Any] | None:
-    """Commit and cleanliness of the checkout; None for an installed package."""
+    """The checkout's commit, and whether it has changes; None for an installed package."""
     if not (root / ".git").exists():
         return None
     status = _output("git", "-C", str(root), "status", "--porcelain")
@@ -85,7 +85,7 @@ def _git_state(root: Path) -> dict[str, Any] | None:
 
 
 def _cpu_model() -> str | None:
-    """The CPU's name; virtual machines often hide its number, and then family and model stand for it."""
+    """The CPU's name; with family and model if the name has no number, as on many virtual machines."""
     try:
         lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()]
     except OSError:

@@ -1,9 +1,10 @@
-"""Writing files: a regular file whole or not at all; a device, FIFO, socket or open descriptor directly."""
+"""Write files: a regular file completely or not at all; a device, FIFO, socket or open descriptor directly."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import secrets
 import stat
@@ -11,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 StrPath = str | os.PathLike[str]
 
@@ -20,12 +22,12 @@ _MAX_LINKS = 40  # the kernel's own limit
 def write_bytes(path: StrPath, data: bytes) -> None:
     """Write ``data`` to ``path``.
 
-    A regular file, new or old, is replaced once the new one is complete and on the disk; it keeps its permissions.
+    A regular file is replaced, or created, once its content is complete and on the disk; it keeps its permissions.
     Symbolic links are followed. Everything else (``/dev/null``, a FIFO, ``/dev/stdout``, ``/dev/fd/3``) is written to
     directly.
 
     Raises:
-        OSError: It cannot be written; ``filename`` is ``path``. An old file is untouched.
+        OSError: ``path`` cannot be written to; ``filename`` is ``path``. An existing file is unchanged.
         ValueError: ``path`` contains a NUL character.
     """
     if _is_direct(path):
@@ -40,15 +42,25 @@ def write_text(path: StrPath, text: str) -> None:
     write_bytes(path, text.encode("utf-8"))
 
 
-@contextlib.contextmanager
-def replacing(path: StrPath) -> Iterator[Path]:
-    """A context that gives the path of a new, empty file, with the suffix of ``path``, for a writer that needs a path.
-
-    What the file holds at the end of the context is written to ``path`` as by :func:`write_bytes`; after an exception
-    nothing is. The temporary file is gone either way.
+def json_text(data: Any) -> str:
+    """``data`` as JSON, in the format of all JSON files of this package.
 
     Raises:
-        OSError: As :func:`write_bytes`. One inside the context that names the temporary file, or none, names ``path``.
+        ValueError: ``data`` holds NaN or infinity, which JSON lacks.
+    """
+    return json.dumps(data, indent=1, allow_nan=False) + "\n"
+
+
+@contextlib.contextmanager
+def replacing(path: StrPath) -> Iterator[Path]:
+    """A context with a temporary file, empty and with the suffix of ``path``, for writers that need a path.
+
+    At the end of the context its content is written to ``path`` as by :func:`write_bytes`; after an exception nothing
+    is written. The temporary file is removed in both cases.
+
+    Raises:
+        OSError: As :func:`write_bytes`. An error inside the context that names the temporary file, or no file, names
+            ``path`` instead.
         ValueError: ``path`` contains a NUL character.
     """
     if not _is_direct(path):
@@ -63,10 +75,10 @@ def replacing(path: StrPath) -> Iterator[Path]:
 
 
 def check_target(path: StrPath) -> None:
-    """Find out before the work whether ``path`` can be written to, as far as that shows without writing.
+    """Check, before the work is done and without writing, that ``path`` can be written to.
 
     Raises:
-        OSError: It cannot: a folder, in no folder, without permission, ...; ``filename`` is ``path``.
+        OSError: It is a folder, its folder is missing, permission is missing, ...; ``filename`` is ``path``.
         ValueError: ``path`` contains a NUL character.
     """
     if not _is_direct(path):
@@ -80,7 +92,7 @@ def check_target(path: StrPath) -> None:
 
 
 def require_regular(path: StrPath) -> None:
-    """Refuse what would hang or never end when it is read: a FIFO, socket or device.
+    """Refuse FIFOs, sockets and devices, which may block or never end when read.
 
     Raises:
         OSError: ``path`` exists and is neither a regular file nor a folder.
@@ -107,7 +119,7 @@ def open_descriptor(path: StrPath) -> int | None:
 
 @contextlib.contextmanager
 def errors_named(name: StrPath) -> Iterator[None]:
-    """A context whose ``OSError`` names ``name``, not a temporary file, or no file at all."""
+    """A context in which every ``OSError`` gets the file name ``name``."""
     try:
         yield
     except OSError as error:
@@ -133,7 +145,7 @@ def _is_direct(path: StrPath) -> bool:
 def _write_directly(path: StrPath, data: bytes) -> None:
     descriptor = open_descriptor(path)
     if descriptor == 1 and sys.stdout is not None:
-        sys.stdout.flush()  # what was printed comes first
+        sys.stdout.flush()  # earlier output comes first
     with errors_named(path):
         # Opening a descriptor by name would truncate a file that the shell has opened, and fails for sockets.
         target = os.dup(descriptor) if descriptor is not None else path
@@ -164,7 +176,7 @@ def _regular_target(path: StrPath) -> Path:
 @contextlib.contextmanager
 def _replacing_file(path: StrPath) -> Iterator[Path]:
     target = _regular_target(path)
-    # The name is short and its own, so that a long name of the target stays possible.
+    # A short random name: the target's name may already have the longest length allowed.
     temporary = target.with_name(f".{secrets.token_hex(8)}{target.suffix[:16]}")
     try:
         with errors_named(path):

@@ -1,4 +1,4 @@
-"""Multiply-accumulates of a model, the products inside attention included."""
+"""Count a model's multiply-accumulates, including the matmuls inside attention."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from .models.variants import VARIANTS
 
 @dataclass(frozen=True)
 class Macs:
-    """What one image costs.
+    """The cost of one image.
 
     Attributes:
-        params: Parameters, fixed ones included.
-        macs: Multiply-accumulates of one forward pass of one image.
-        activations: Values that the products and convolutions among them write.
+        params: Number of parameters, including fixed ones.
+        macs: Multiply-accumulates of a forward pass.
+        activations: Number of values that matmuls and convolutions write.
         by_module: Module name to the multiply-accumulates spent in it and its children.
     """
 
@@ -41,26 +41,26 @@ class Macs:
 def count_macs(model: nn.Module, image_size: int | Sequence[int] | None = None, in_chans: int | None = None) -> Macs:
     """Count the multiply-accumulates of ``model`` for one image, in evaluation mode.
 
-    Matrix products and convolutions are counted wherever they happen, so the two products of every attention too,
-    which counters of module calls miss. Norms, softmax, exponentials and activations are not counted, as in the
-    literature. A T2T-ViT is counted by its definition, whichever backend it runs on. Nothing is computed and the
-    model is left as it is: a weightless twin runs on shapes alone, so a model on the meta device will do.
+    Every matmul and convolution counts, also the two matmuls of attention, which counters of module calls miss. Norms,
+    softmax, exponentials and activation functions do not count, as usual in the literature. A T2T-ViT is counted by its
+    definition, whatever its backend. Nothing is computed and the model is not changed: a copy without values runs on
+    shapes alone, so the model may be on the meta device.
 
     Args:
-        model: Any image model; timm's and torchvision's too.
+        model: Any image model, also of timm or torchvision.
         image_size: Height and width in pixels, an int or a pair; None takes the model's own.
         in_chans: Channels of the image; None takes the model's own.
 
     Raises:
-        ValueError: The model does not tell its image size, and ``image_size`` is None.
+        ValueError: The model does not know its image size, and ``image_size`` is None.
     """
-    model = getattr(model, "_orig_mod", model)  # what torch.compile wrapped
+    model = getattr(model, "_orig_mod", model)  # inside torch.compile
     own_size = own_image_size(model)
     size = own_size if image_size is None else as_pair("image_size", image_size, 1)
     if size is None:
         raise ValueError(f"image_size=None, but a {type(model).__name__} does not tell its own; pass (height, width)")
     channels = own_in_chans(model) if in_chans is None else in_chans
-    # The plain form of attention has a formula in every version of torch; some of the fused ones do not.
+    # In every version of torch the counter knows the matmuls of plain attention, but not every fused form.
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
         torch.no_grad(),
@@ -85,12 +85,12 @@ def count_macs(model: nn.Module, image_size: int | Sequence[int] | None = None, 
     return Macs(params, counter.get_total_flops() // 2, activations.count, by_module)
 
 
-# The paper's one figure at another size than 224 px: Table 2, T2T-ViT-14 at 384.
+# The paper's only figure at another size than 224 px: Table 2, T2T-ViT-14 at 384 px.
 _PUBLISHED_384 = {"t2t_vit_14": (21.5, 17.1)}
 
 
 def published(name: str, size: tuple[int, int]) -> tuple[float | None, float | None]:
-    """The paper's (millions of parameters, billions of MACs) of one of its models at that image size, or None."""
+    """The paper's millions of parameters and billions of MACs for a model at an image size; None where unpublished."""
     architecture = name.partition(".")[0]
     variant = VARIANTS.get(architecture)
     if size == (224, 224) and variant is not None and variant.published is not None:
@@ -99,7 +99,7 @@ def published(name: str, size: tuple[int, int]) -> tuple[float | None, float | N
 
 
 class _ActivationCounter(TorchDispatchMode):
-    """Counts the values that the operations which ``flops`` counts return."""
+    """Counts the values returned by the operations that ``flops`` counts."""
 
     def __init__(self, flops: FlopCounterMode) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ class _ActivationCounter(TorchDispatchMode):
 
 
 def own_image_size(model: nn.Module) -> tuple[int, int] | None:
-    """The (height, width) that the model was built for, by its own word or its timm configuration."""
+    """The (height, width) that the model was built for: its ``img_size``, or that of its timm configuration."""
     for owner in (model, getattr(model, "patch_embed", None)):
         size = getattr(owner, "img_size", None)
         if size is not None:
@@ -143,7 +143,7 @@ def _weightless_copy(model: nn.Module) -> nn.Module:
     twin = copy.deepcopy(model, memo)
     for module in twin.modules():
         if isinstance(module, T2TViT):
-            module.set_backend("auto")  # its own word would overrule use_backend
+            module.set_backend("auto")  # a backend of its own would overrule use_backend
     return twin
 
 

@@ -1,4 +1,4 @@
-"""The numerics contract in code: which dtype an intermediate lives in."""
+"""The dtype of every intermediate: see docs/numerics.md."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which a matrix product of ``x`` runs: autocast's where it is on, else that of ``x``."""
+    """The dtype in which a matmul of ``x`` runs: autocast's if it is on, else that of ``x``."""
     if is_autocast(x):
         return torch.get_autocast_dtype(x.device.type) if x.dtype != torch.float64 else x.dtype
     return x.dtype
@@ -33,16 +33,16 @@ def _has_autocast(device_type: str) -> bool:
 
 @torch.compiler.assume_constant_result
 def ieee_float32() -> bool:
-    """Whether float32 products must be IEEE float32; a compiled function keeps the answer it was compiled with."""
+    """Whether float32 matmuls must be IEEE float32; a compiled function keeps the answer from its compilation."""
     try:
         return torch.get_float32_matmul_precision() == "highest"
-    except RuntimeError:  # set through torch.backends' newer switches, after which the older one refuses to answer
+    except RuntimeError:  # it was set by torch.backends' newer switches, which the older getter refuses to read
         return torch.backends.cuda.matmul.fp32_precision != "tf32"
 
 
 def no_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """A context in which autocast leaves the dtypes of operations on ``x``'s device alone."""
+    """A context without autocast on the device of ``x``."""
     device_type = x.device.type
-    if not _has_autocast(device_type):  # meta, for one
+    if not _has_autocast(device_type):  # such as meta
         return contextlib.nullcontext()
     return torch.autocast(device_type=device_type, enabled=False)

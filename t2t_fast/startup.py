@@ -1,4 +1,4 @@
-"""The seconds in which this package is imported, as the user of its command line sees them."""
+"""Ctrl-C and bad environment variables while the command line imports this package, which takes seconds."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typing import Any
 
 @contextlib.contextmanager
 def importing() -> Iterator[None]:
-    """Goes around this package's imports.
+    """A context around this package's imports.
 
-    Where Python is starting ``python -m t2t_fast``, a module of the package or ``t2t-fast``, Ctrl-C ends the program
-    with exit code 130, and an environment variable with a value that is not accepted ends it with one line and exit
-    code 2: both come before ``cli.main`` could handle them. Elsewhere this context does nothing.
+    If Python is starting ``t2t-fast`` or ``python -m`` with a module of this package, Ctrl-C ends the program with exit
+    code 130, and an environment variable with a bad value ends it with one line and exit code 2; ``cli.main`` could not
+    handle either so early. Otherwise the context does nothing.
     """
     if not _is_command():
         yield
@@ -35,7 +35,7 @@ def importing() -> Iterator[None]:
 def _is_command() -> bool:
     arguments = getattr(sys, "argv", None) or [""]  # an embedded interpreter may have none
     program = arguments[0]
-    if program == "-m":  # Python is locating the module
+    if program == "-m":  # Python is still looking for the module
         module = sys.orig_argv[-len(arguments)].removeprefix("-m")
         return module == __package__ or module.startswith(f"{__package__}.")
     main = os.path.join(os.path.dirname(__file__), "__main__.py")
@@ -56,4 +56,4 @@ def _interrupt_exits() -> Iterator[None]:
 
 
 def _exit_130(*args: Any) -> None:
-    os._exit(130)  # an exception would surface wherever an import happens to be
+    os._exit(130)  # an exception would be raised inside an arbitrary import, which may swallow it

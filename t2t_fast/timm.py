@@ -1,4 +1,4 @@
-"""``python -m t2t_fast.timm SCRIPT ...``: runs one of timm's scripts, to which this package's models are known."""
+"""``python -m t2t_fast.timm SCRIPT ...``: run one of timm's scripts with this package's models registered."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ USAGE = "usage: python -m t2t_fast.timm SCRIPT [ARGUMENT ...]"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the Python file ``arguments[0]`` as ``python`` does, with the rest as its own arguments.
+    """Run the Python file ``arguments[0]`` as ``python`` does, with the other arguments.
 
-    This package is imported first, which registers its models with timm. So every script that creates models by name
-    takes ours: timm's ``validate.py``, ``benchmark.py``, ``inference.py``, ``onnx_export.py`` and others.
+    This package is imported first, which registers its models with timm. Then every script that creates models by name
+    knows them: timm's ``validate.py``, ``benchmark.py``, ``inference.py``, ``onnx_export.py`` and others.
 
     Args:
         arguments: The script and its arguments; None takes the command line's.
 
     Returns:
-        The exit status: 2 where no script is named or there is none, otherwise 0. What the script raises is passed on,
-        ``SystemExit``, too.
+        The exit status: 2 if no script is given or it does not exist, otherwise 0. Exceptions of the script, including
+        ``SystemExit``, are passed on.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import t2t_fast  # noqa: F401
 
     sys.argv = words
-    sys.path[0] = os.path.dirname(os.path.abspath(script))  # as for `python SCRIPT`: where its own modules are
+    sys.path[0] = os.path.dirname(os.path.abspath(script))  # as for `python SCRIPT`: the script's neighbours
     runpy.run_path(script, run_name="__main__")
     return 0
 

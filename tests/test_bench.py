@@ -15,8 +15,8 @@ import pytest
 import t2t_fast
 from t2t_fast.bench import common
 from t2t_fast.bench.tables import KINDS
-from t2t_fast.checks import UsageError
 from t2t_fast.cli import macs, main
+from t2t_fast.usage import UsageError
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = [path for path in sorted((ROOT / "benchmarks").glob("*.py")) if path.name != "test_ops.py"]

@@ -23,8 +23,9 @@ from small_models import small
 
 import t2t_fast
 from t2t_fast import CheckpointError, files, save_checkpoint
-from t2t_fast.bench.common import UsageError, result_path, write_json
+from t2t_fast.bench.common import result_path, write_json
 from t2t_fast.deploy import export as export_module
+from t2t_fast.usage import UsageError
 
 
 @contextlib.contextmanager

@@ -34,7 +34,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return dict.fromkeys(sizes, replay)
 
     monkeypatch.setattr(graph_runner, "_capture", capture)
-    monkeypatch.setattr(graph_runner, "_obstacle", lambda device: None)
+    monkeypatch.setattr(graph_runner, "_why_not", lambda device: None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     return replayed
 

@@ -83,4 +83,4 @@ def test_bad_arguments(
     with pytest.raises(SystemExit) as exit:
         resources.main(arguments)
     assert exit.value.code == 2
-    assert capsys.readouterr().err == f"resources.py: error: {message}\n"
+    assert capsys.readouterr().err.startswith(f"resources.py: error: {message}")

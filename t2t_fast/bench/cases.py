@@ -1,4 +1,4 @@
-"""The ops as T2T-ViT-14 uses them, and its tokens-to-token module: tensors, calls, and the least work of each."""
+"""The ops as T2T-ViT-14 uses them, and its tokens-to-token module: tensors, calls, and the minimal work of each."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from t2t_fast.layers.tokens_to_token import TokensToToken
 from t2t_fast.macs import count_macs
 
 Tensors = list[Tensor | None]
-# Relative norm of the worst among results and gradients: a wide mesh, what is wrong is off by far more.
+# For the relative norm of the worst result or gradient. Wide, as wrong ones are off by far more.
 TOLERANCES = {torch.float16: 1e-2, torch.bfloat16: 8e-2, torch.float32: 2e-3}
 
 
@@ -31,11 +31,11 @@ class Case:
 
     Attributes:
         op: The op's name, or ``tokens_to_token``.
-        use: Which of its uses.
-        make: From ``make(*shape, ...)``, which draws one tensor, and a batch to the tensors of a call.
-        call: From a backend and those tensors to the result.
-        work: From a batch and the bytes per value to what "forward" and "training" have to do at least.
-        backends: Those that the op has.
+        use: Name of the use.
+        make: Takes a function ``new(*shape, ...)`` that draws one tensor, and a batch size; returns a call's tensors.
+        call: Takes a backend and those tensors; returns the result.
+        work: Takes a batch size and bytes per value; returns the minimal work of "forward" and "training".
+        backends: The op's backends.
     """
 
     op: str
@@ -51,7 +51,7 @@ class Case:
 
 
 def tensors_of(case: Case, batch: int, dtype: torch.dtype, device: torch.device) -> Tensors:
-    """Random tensors for a call, all of which want a gradient but those that are never learned."""
+    """Random tensors for a call; all require a gradient, except those that are never learned."""
     generator = torch.Generator(device).manual_seed(0)
 
     def make(*shape: int, scale: float = 1.0, shift: float = 0.0, learned: bool = True) -> Tensor:
@@ -62,9 +62,9 @@ def tensors_of(case: Case, batch: int, dtype: torch.dtype, device: torch.device)
 
 
 def runners(case: Case) -> dict[str, Callable[[Tensors], Any]]:
-    """Variant to a function of the tensors; those whose backend the op lacks are missing.
+    """Each variant that the op has, to a function of the tensors.
 
-    What was compiled for earlier cases is forgotten.
+    Programs compiled for earlier cases are dropped.
     """
 
     def run(backend: str) -> Callable[[Tensors], Any]:
@@ -76,17 +76,17 @@ def runners(case: Case) -> dict[str, Callable[[Tensors], Any]]:
 
 
 def step(function: Callable[[Tensors], Any], tensors: Tensors) -> list[Tensor]:
-    """The result, and the gradient of every tensor that wants one for a fixed random gradient of the result."""
+    """The result, and the gradient of every tensor that requires one, for a fixed random gradient of the result."""
     result = function(tensors)
     results = result if isinstance(result, tuple) else (result,)
-    grads = [_noise(index, r.shape, r.dtype, r.device) for index, r in enumerate(results)]  # exchanged, they show
+    grads = [_noise(index, r.shape, r.dtype, r.device) for index, r in enumerate(results)]  # each its own
     wanted = [t for t in tensors if t is not None and t.requires_grad]
     return [*results, *torch.autograd.grad(results, wanted, grads)]
 
 
 @functools.lru_cache(maxsize=4)
 def _noise(seed: int, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Drawn once: who times a step must not time this."""
+    """Cached, so that a timed step does not draw it."""
     generator = torch.Generator(device).manual_seed(seed)
     return torch.randn(shape, generator=generator, device=device).to(dtype)
 
@@ -140,9 +140,9 @@ def _soft_split(use: str, channels: int, side: int, kernel: int, stride: int, ou
 
 
 def _work(flops: int, read: int, written: int) -> Callable[[int, int], dict[str, Cost]]:
-    """Of a batch, from one image's operations and values: backward has two products for each of forward's.
+    """The work of a batch, from one image's operations and values. Backward has two matmuls for each of forward's.
 
-    It reads the inputs again and the result's gradient, and writes the inputs' gradients.
+    It reads the inputs again and the gradient of the result, and writes the gradients of the inputs.
     """
 
     def work(batch: int, itemsize: int) -> dict[str, Cost]:
@@ -153,7 +153,7 @@ def _work(flops: int, read: int, written: int) -> Callable[[int, int], dict[str,
 
 
 def _tokens_to_token(model: str, tokens_type: str) -> Case:
-    """The module of that model, without dropout, as a function of its image and parameters."""
+    """The module of that model, without dropout, as a function of the image and the parameters."""
     backends = ("reference", "auto")
     with torch.device("meta"):
         modules = {b: TokensToToken(embed_dim=C, tokens_type=tokens_type, backend=b).eval() for b in backends}
@@ -175,7 +175,7 @@ def _tokens_to_token(model: str, tokens_type: str) -> Case:
 
     def work(batch: int, itemsize: int) -> dict[str, Cost]:
         flops, image, tokens = 2 * count_macs(modules["reference"], 224).macs, 3 * 224**2, (N - 1) * C
-        training = 3 * flops - 2 * 3136 * 147 * 192  # nobody wants the image's gradient
+        training = 3 * flops - 2 * 3136 * 147 * 192  # the image requires no gradient
         return {
             "forward": Cost(batch * flops, batch * (image + tokens) * itemsize),
             "training": Cost(batch * training, batch * 2 * (image + tokens) * itemsize),

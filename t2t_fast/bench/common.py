@@ -1,4 +1,4 @@
-"""What the benchmarks share: argument types, where results go, and how their files are written and read."""
+"""Shared by the benchmarks: argument types, paths of results, and reading and writing of result files."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from t2t_fast import files
-from t2t_fast.checks import UsageError
+from t2t_fast.usage import UsageError
 
 OUTPUT_HELP = "file, or a folder for it; default: benchmarks/results/local of a checkout, else this folder"
-# How the kernel benchmark computes an op; auto is for a whole module.
+# Variants of the kernel benchmark; auto is for a whole module.
 OP_VARIANTS = ("reference", "reference, compiled", "aten", "triton", "native", "auto")
 _ROOT = Path(__file__).resolve().parents[2]
 
@@ -26,26 +26,19 @@ def checkout() -> Path:
     """The folder of the project's checkout that this package is run from.
 
     Raises:
-        UsageError: The package is installed apart from its checkout.
+        UsageError: The package does not run from a checkout.
     """
     if not (_ROOT / "benchmarks" / "results").is_dir():
-        raise UsageError(f"this needs a checkout of the project, and t2t_fast lies in {_ROOT}; run it in the checkout")
+        raise UsageError(f"this needs a checkout of the project, but t2t_fast is in {_ROOT}; run it in the checkout")
     return _ROOT
 
 
 def default_folder() -> Path:
-    """Where results go unless told: what git ignores in a checkout, else the working directory."""
+    """The default folder of results: one that git ignores in a checkout, else the working directory."""
     try:
-        return checkout() / "benchmarks" / "results" / "local"  # chosen results lie above
+        return checkout() / "benchmarks" / "results" / "local"  # committed results are in the folder above
     except UsageError:
         return Path.cwd()
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """A parser whose errors are one line, without the usage in front."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {' '.join(message.removeprefix('argument ').split())}\n")
 
 
 def positive_int(text: str) -> int:
@@ -85,18 +78,18 @@ def _number(text: str, end: float, accepted: str) -> float:
 
 
 def result_path(output: Path | None, device: str, env: Mapping[str, Any], date: datetime) -> Path:
-    """Where the results go: ``output``, or a file named by device, versions and date in that folder or the default one.
+    """The path of a result: ``output``, or a file in it or the default folder, named by device, versions and date.
 
-    The folder is made and tried now, not after minutes of measuring.
+    The folder is made, and tested by writing, before minutes of measuring.
 
     Raises:
-        UsageError: Nothing can be written there.
+        UsageError: The folder cannot be written to.
     """
     versions = "_".join(f"{name}{str(env[name]).partition('+')[0]}" for name in ("torch", "triton") if env[name])
     name = f"{slug(device)}_{versions}_{date:%Y%m%d-%H%M%S}.json"
     if output is not None and output.exists() and not (output.is_file() or output.is_dir()):
         return output  # a device or FIFO is written to directly
-    is_folder = output is not None and (output.is_dir() or not output.suffix)  # a name without an ending is a folder
+    is_folder = output is not None and (output.is_dir() or not output.suffix)  # a name without a suffix is a folder
     path = default_folder() / name if output is None else output / name if is_folder else output
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -109,13 +102,13 @@ def result_path(output: Path | None, device: str, env: Mapping[str, Any], date: 
 
 
 def new_result(benchmark: str, date: datetime, command: str, env: Mapping[str, Any], **content: Any) -> dict[str, Any]:
-    """The content of a result file, without rows so far; ``content`` is what this benchmark has besides."""
+    """The content of a result file without rows; ``content`` are further entries."""
     start = {"benchmark": benchmark, "date": date.isoformat(timespec="seconds"), "command": command}
     return {**start, **content, "environment": env, "rows": []}
 
 
 def command_line(script: str, argv: Sequence[str], left_out: Sequence[str] = ("--output",)) -> str:
-    """What measured a result, to be run again; where the result went is no part of it."""
+    """The command that reproduces a result, without the arguments ``left_out``."""
     kept, arguments = ["python", f"benchmarks/{script}.py"], iter(argv)
     for argument in arguments:
         if argument in left_out:
@@ -126,13 +119,13 @@ def command_line(script: str, argv: Sequence[str], left_out: Sequence[str] = ("-
 
 
 def slug(text: str) -> str:
-    """``text`` in lower case, everything but letters, digits and dots as single hyphens."""
+    """``text`` in lower case, with single hyphens for everything but letters, digits and dots."""
     return re.sub(r"[^a-z0-9.]+", "-", re.sub(r"\((r|tm)\)", "", text.lower())).strip("-")
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """:func:`write_text` of ``content`` as JSON."""
-    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+    write_text(path, files.json_text(content))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -141,10 +134,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all, a device or FIFO directly.
+    """Write a file completely or not at all, a device or FIFO directly.
 
     Raises:
-        UsageError: The disk refuses.
+        UsageError: It cannot be written.
     """
     try:
         files.write_bytes(path, data)
@@ -156,7 +149,7 @@ def read_json(option: str, path: Path) -> dict[str, Any]:
     """A result file's content.
 
     Raises:
-        UsageError: ``option`` names no result file.
+        UsageError: The file that ``option`` names is not a result file.
     """
     try:
         content = json.loads(path.read_text())

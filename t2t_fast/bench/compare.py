@@ -1,20 +1,19 @@
-"""What changed between two result files of throughput.py: the ratio of every row's speeds, with a confidence interval.
+"""Compare two result files of throughput.py: the ratio of each row's speeds, with a confidence interval.
 
     python benchmarks/compare.py before.json after.json
     python benchmarks/compare.py results/main.json results/local/mine.json --fail-below 0.97
 
-Rows are matched by model, variant, mode, precision, batch and image size. The interval is that of the ratio of median
-speeds, 95%, from 10000 resamplings of the raw times with a fixed seed; where it leaves out 1, the two runs differ.
-Rows of less than 5 rounds get no verdict. Within one run rounds lie close together, so the interval knows the noise of
-the runs compared, not that of machines on other days. Rows that A has a speed for and B has not are listed.
+Rows are matched by model, variant, mode, precision, batch and image size. The 95% interval of the ratio of median
+speeds comes from 10000 resamplings of the raw times with a fixed seed; if it excludes 1, the runs differ. Rows of less
+than 5 rounds get no verdict. The interval covers the noise within the two runs, not differences between days. Rows
+with a speed in A but not in B are listed.
 
-exit status: 0, 1 if a ratio is really below --fail-below or such a row is wrong, fails or lacks memory in B, 2 if the
-files cannot be compared
+exit status: 0; 1 if the whole interval of a ratio is below --fail-below, or a row of A is wrong, fails or runs out of
+memory in B; 2 if the files cannot be compared
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,24 +21,25 @@ from typing import Any
 
 import numpy as np
 
-from t2t_fast.bench.common import OneLineParser, UsageError, positive_number, read_json
+from t2t_fast.bench.common import positive_number, read_json
 from t2t_fast.bench.tables import Result, Row, normalised
-from t2t_fast.bench.terminal import Console, Table
+from t2t_fast.bench.terminal import Table, wide_console
+from t2t_fast.usage import OneLineParser, UsageError
 
 RESAMPLINGS = 10_000
-LEAST = 5  # rounds for a verdict: with less, equal speeds often seem to differ
+LEAST = 5  # rounds for a verdict: with fewer, equal speeds often seem to differ
 BROKEN = ("wrong", "failed", "out of memory")
 Key = tuple[Any, ...]
 
 
 def rows_by_key(result: Result) -> dict[Key, Row]:
-    """The rows by what tells them apart."""
+    """The rows by their model, variant and conditions."""
     names = ("model", "variant", "mode", "precision", "batch_size", "img_size")
     return {tuple(row[name] for name in names): row for row in normalised(result)}
 
 
 def interval(before: Sequence[float], after: Sequence[float]) -> tuple[float, float, float]:
-    """Ratio of the speeds, after over before, and the ends of its 95% interval: all by medians of the times."""
+    """Ratio of the median speeds, after over before, and both ends of its 95% interval."""
     generator = np.random.default_rng(0)
 
     def medians(seconds: Sequence[float]) -> np.ndarray:
@@ -51,10 +51,10 @@ def interval(before: Sequence[float], after: Sequence[float]) -> tuple[float, fl
 
 
 def compare(before: dict[str, Any], after: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row for each row that A timed; what B did not has no ratio.
+    """A row for each timed row of ``before``; without a ratio if ``after`` did not time it.
 
     Raises:
-        UsageError: The files are of different hardware or benchmarks, or have nothing in common.
+        UsageError: The files are of different hardware or benchmarks, or have no row in common.
     """
     try:
         for name in ("benchmark", "device", "hardware", "with_loader", "threads"):
@@ -77,7 +77,7 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> list[dict[str, Any
 
 
 def _timed(row: dict[str, Any]) -> bool:
-    """A row that failed on the way has times as well; they do not count."""
+    """Whether the row has times that count: those of a row that failed later do not."""
     if not row.get("seconds") or row.get("status", "ok").startswith(BROKEN):
         return False
     if not (row["images_per_second"] > 0 and min(row["seconds"]) > 0):
@@ -99,7 +99,7 @@ def _condition(result: dict[str, Any], name: str) -> Any:
 
 
 def verdict(row: dict[str, Any]) -> str:
-    """In a word."""
+    """faster, slower, same, too few rounds, or LOST with the reason."""
     if "ratio" not in row:
         return f"LOST: {row['after'].get('status')}"
     if min(len(row[when]["seconds"]) for when in ("before", "after")) < LEAST:
@@ -109,7 +109,7 @@ def verdict(row: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Compare and return the exit status."""
-    parser = OneLineParser(prog="compare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(prog="compare.py", description=__doc__)
     parser.add_argument("before", type=Path, metavar="A", help="result file")
     parser.add_argument("after", type=Path, metavar="B", help="result file to compare with it")
     parser.add_argument("--fail-below", type=positive_number, metavar="RATIO", help="exit status 1 if B is slower")
@@ -125,9 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         speeds = [_speed(row[when]) for when in ("before", "after")]
         found = [f"{row['ratio']:.3f}", f"{row['low']:.3f} to {row['high']:.3f}"] if "ratio" in row else ["-", "-"]
         table.add_row(*names, *speeds, *found, verdict(row))
-    console = Console(highlight=False)
-    console.width = max(console.width, 130)
-    console.print(table)
+    wide_console(130).print(table)
     for name, result in (("A", before), ("B", after)):
         env = result.get("environment") or {}
         told = f"torch {env.get('torch')}, commit {env.get('git')}, {result.get('hardware')}"

@@ -1,17 +1,17 @@
-"""Everything a GPU can tell, in order of worth, in one call that ends in time and loses nothing if it is cut.
+"""Test and measure everything on a GPU in one call: the most important first, within a time limit.
 
     python benchmarks/gpu_report.py --out report --minutes 9
     python benchmarks/gpu_report.py --out report --stages tests kernels         # some of it
     python benchmarks/gpu_report.py --out report --dry-run                      # on a CPU: every stage, tiny
 
-Stages: the environment; the extension built for this GPU; `pytest -m gpu` and the ops' tests; the kernel table;
-throughput and training beside other models, latency, then compiled; tuning; memory; other batch sizes;
-compute-sanitizer over small shapes; the kernel table with the compiled reference. Each is a process with a share of the
-time that is left, and writes into the folder as it goes; one that fails or runs out of time does not stop the others.
-summary.txt, printed at the end too, has less than 100 lines. Nothing is fetched from the network: any Python with
-torch, triton, timm and pytest will do.
+Stages: the environment; the build of the extension for this GPU; `pytest -m gpu` and the ops' tests; the kernel table;
+throughput and training beside other models, latency, compiled models; tuning; memory; other batch sizes;
+compute-sanitizer over small shapes; the kernel table with the compiled reference. Each stage is a process with a share
+of the remaining time, and writes its results as it goes; a failure or an interruption loses none of them, and the other
+stages go on. summary.txt has less than 100 lines and is also printed. No network is needed, only Python with torch,
+triton, timm and pytest.
 
-To publish what was measured, copy the files of DIR/results, which has each complete result under its proper name, to
+To publish the results, copy the files in DIR/results (every complete result, under its final name) to
 benchmarks/results, then run benchmarks/report.py.
 
 exit status: 0, 1 if a stage failed or ran out of time, 2 if an argument is impossible, 130 if interrupted
@@ -38,8 +38,6 @@ from typing import Any
 import torch
 
 from t2t_fast.bench.common import (
-    OneLineParser,
-    UsageError,
     checkout,
     positive_seconds,
     result_path,
@@ -47,6 +45,7 @@ from t2t_fast.bench.common import (
     write_text,
 )
 from t2t_fast.env import collect_env
+from t2t_fast.usage import OneLineParser, UsageError
 
 LINES = 95  # of the summary
 TOLD = 6  # failures and skips of one stage in the summary
@@ -63,11 +62,11 @@ class Stage:
     """A process of the report.
 
     Attributes:
-        name: As for ``--stages``.
-        share: Of the time that is left when it begins, relative to the later stages' shares.
-        command: What runs, from the root of the project; ``{out}`` is the folder, ``{seconds}`` the stage's time.
-        dry: The same, tiny, for a machine without a GPU.
-        environment: Variables to set.
+        name: The name for ``--stages``.
+        share: The stage's share of the remaining time, relative to the shares of later stages.
+        command: The command, run in the root of the project; ``{out}`` is the folder, ``{seconds}`` the stage's time.
+        dry: A tiny version of the command, for a machine without a GPU.
+        environment: Environment variables to set.
     """
 
     name: str
@@ -88,7 +87,7 @@ def benchmark(script: str, *arguments: str) -> tuple[str, ...]:
 def measured(
     name: str, models: Sequence[str], variants: str, *options: str, mode: str = "inference", seconds: int = 15
 ) -> tuple[str, ...]:
-    """throughput.py on the GPU; training in autocast, as it is done."""
+    """throughput.py on the GPU, in bfloat16; training under autocast."""
     precision = "autocast-bfloat16" if mode == "training" else "bfloat16"
     common = ("--mode", mode, "--precision", precision, "--synthetic", "--no-plot", "--time-budget", str(seconds))
     return benchmark(
@@ -97,12 +96,12 @@ def measured(
 
 
 def output(name: str) -> tuple[str, str]:
-    """The stage's result file, where it is looked for later."""
+    """The argument for the stage's result file, which the summary reads."""
     return "--output", f"{{out}}/{name}.json"
 
 
 def stages(workers: int, arch: str) -> list[Stage]:
-    """In order of worth; ``arch`` is the GPU's compute capability as nvcc wants it."""
+    """All stages, the most important first; ``arch`` is the GPU's compute capability, such as "9.0"."""
     parallel = ("-n", str(workers)) if workers > 1 else ()
     pytest = python("-m", "pytest", "-q", "-rfEs", "-p", "no:cacheprovider", "--no-header", "--tb=short",
                     "--continue-on-collection-errors")  # fmt: skip
@@ -118,7 +117,7 @@ def stages(workers: int, arch: str) -> list[Stage]:
         "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_gpu.py", "-k", "sanitizer and cuda", "-x"
     )
     environment = python("-c", "from t2t_fast.env import *; print(format_env(collect_env()))")
-    uncached = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)  # each tensor its own block: overruns leave it
+    uncached = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)  # each tensor has its own block, so that overruns are found
     # Shares are seconds of nine minutes.
     return [
         Stage("environment", 10, environment, environment),
@@ -128,7 +127,7 @@ def stages(workers: int, arch: str) -> list[Stage]:
               (*pytest, "-m", "not slow", "tests/test_gpu.py")),
         Stage("ops", 60, (*pytest, *parallel, "-m", "not slow", *OPS_TESTS),
               (*pytest, "tests/test_linear.py", "-k", "named")),
-        # Compiling the reference of every op for it takes minutes: at the very end.
+        # Without the compiled reference, which takes minutes: that is the last stage.
         Stage("kernels", 50, (*kernels, "--no-compile", *output("kernels")),
               (*one_op, "--no-compile", *output("kernels"))),
         Stage("throughput", 60, measured("throughput", COMPARED, f"{backends} cuda-graph"),
@@ -159,7 +158,7 @@ def stages(workers: int, arch: str) -> list[Stage]:
 
 @contextlib.contextmanager
 def held_signals() -> Iterator[list[int]]:
-    """Within, SIGINT and SIGTERM only fill the list: whoever waits looks at it."""
+    """A context in which SIGINT and SIGTERM are only recorded, in the list that it gives."""
     seen: list[int] = []
     kinds = (signal.SIGINT, signal.SIGTERM)
     before = {kind: signal.signal(kind, lambda number, frame: seen.append(number)) for kind in kinds}
@@ -171,9 +170,9 @@ def held_signals() -> Iterator[list[int]]:
 
 
 def run(stage: Stage, root: Path, dry: bool, out: Path, seconds: float, seen: Sequence[int] = ()) -> dict[str, Any]:
-    """Run a stage in ``root``, its output appended to log.txt; at the end of its time it is interrupted, then killed.
+    """Run a stage in ``root`` and append its output to log.txt. After its time it is interrupted, then killed.
 
-    It is killed at once when a signal is in ``seen``.
+    A signal in ``seen`` kills it at once.
     """
     fill = {"{out}": str(out), "{seconds}": str(max(1, int(0.8 * seconds)))}
     command = list(stage.dry if dry else stage.command)
@@ -208,20 +207,20 @@ def run(stage: Stage, root: Path, dry: bool, out: Path, seconds: float, seen: Se
 
 
 def _wait(process: subprocess.Popen[bytes], seconds: float, seen: Sequence[int]) -> str:
-    """How the process ended, or was ended."""
+    """Wait for the process, or end it; the status."""
     if _ended(process, seconds, seen):
         return "ok" if process.returncode == 0 else f"exit status {process.returncode}"
     if not seen:
         _send(process, signal.SIGINT)
         _ended(process, 8, seen)
-    _send(process, signal.SIGKILL)  # workers that outlived it, too
+    _send(process, signal.SIGKILL)  # also workers that outlive it
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(5)
     return "interrupted" if seen else f"cut after {seconds:.0f} s"
 
 
 def _ended(process: subprocess.Popen[bytes], seconds: float, seen: Sequence[int]) -> bool:
-    """Whether the process ends by itself in that time, before a signal is seen."""
+    """Whether the process ends within ``seconds`` and before a signal."""
     deadline = time.monotonic() + seconds
     while process.poll() is None:
         if seen or time.monotonic() > deadline:
@@ -236,7 +235,7 @@ def _send(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
 
 
 def summarise(results: Sequence[dict[str, Any]], out: Path) -> list[str]:
-    """Less than 100 lines: how each stage ended, what failed, the figures, and what to do with the files."""
+    """The summary, less than 100 lines: status of each stage, failures, figures, and how to publish the files."""
     lines = [f"{r['stage']:<16} {r['status']:<18} {r['seconds']:>6.1f} s  {_last(r)}".rstrip() for r in results]
     for result in results:
         told = [line for line in result["output"] if line.startswith(("FAILED ", "ERROR ", "SKIPPED "))]
@@ -258,7 +257,7 @@ def _last(result: dict[str, Any]) -> str:
 
 
 def _kernels(content: dict[str, Any]) -> Iterator[str]:
-    """A line per use: time and ratio to the floor of every variant but the reference as it is."""
+    """A line per use: time, and ratio to the floor, of every variant but the eager reference."""
 
     def figures(row: dict[str, Any], parts: dict[str, Any]) -> str:
         if "forward_s" not in row:
@@ -276,7 +275,7 @@ def _kernels(content: dict[str, Any]) -> Iterator[str]:
 
 
 def _throughput(content: dict[str, Any]) -> Iterator[str]:
-    """A line per model and batch, with all variants: images per second, or the time of a batch of one."""
+    """A line per model and batch size, with all variants: images per second, or milliseconds for batches of 1."""
 
     def figures(row: dict[str, Any]) -> str:
         if not row["seconds"]:
@@ -309,7 +308,7 @@ FIGURES = {"kernels": _kernels, "throughput": _throughput, "tuning": _tuning, "m
 
 
 def _content(path: Path) -> dict[str, Any]:
-    """Of a benchmark's result file; nothing if there is none."""
+    """The content of a benchmark's result file; empty without a complete one."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -319,14 +318,14 @@ def _content(path: Path) -> dict[str, Any]:
 
 
 def _published(out: Path, content: dict[str, Any]) -> Path:
-    """Where the result is kept under the name that its benchmark would have given it."""
+    """The path in ``out``/results, with the name that the benchmark gives a result by default."""
     kind, hardware = content["benchmark"], content["hardware"]
     device = hardware if kind == "throughput" else f"{kind} {hardware}"
     return result_path(out / "results", device, content["environment"], datetime.fromisoformat(content["date"]))
 
 
 def _forget(stage: str, out: Path) -> None:
-    """Remove what an earlier report has of this stage."""
+    """Remove the stage's results of an earlier report."""
     path = out / f"{stage}.json"
     if content := _content(path):
         _published(out, content).unlink(missing_ok=True)
@@ -346,15 +345,13 @@ def _write(results: Sequence[dict[str, Any]], environment: dict[str, Any], out: 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the stages and return the exit status."""
-    parser = OneLineParser(
-        prog="gpu_report.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(prog="gpu_report.py", description=__doc__)
     names = [stage.name for stage in stages(1, "")]
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="folder for all results; made if missing")
     add("--minutes", type=positive_seconds, default=9.0, help="for everything together; default: 9")
     add("--stages", nargs="+", default=names, choices=names, metavar="NAME", help=f"default: {' '.join(names)}")
-    add("--dry-run", action="store_true", help="walk through all stages on the CPU, tiny")
+    add("--dry-run", action="store_true", help="run tiny versions of all stages on the CPU")
     options = parser.parse_args(argv)
     try:
         with held_signals() as seen:
@@ -403,10 +400,10 @@ def _folder(out: Path) -> Path:
 
 
 def _machine(dry: bool) -> tuple[int, str]:
-    """Test processes to run at a time, and the GPU's compute capability.
+    """The number of parallel test processes, and the GPU's compute capability.
 
     Raises:
-        UsageError: A GPU is wanted, and there is none.
+        UsageError: There is no GPU.
     """
     if dry:
         return 1, ""

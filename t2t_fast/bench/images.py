@@ -14,19 +14,19 @@ from torch import Tensor
 from torchvision import transforms
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from t2t_fast.bench.common import UsageError
 from t2t_fast.bench.loader import Shards, find_shards
+from t2t_fast.usage import UsageError
 
 _MAX_PHOTOGRAPHS = 64
 
 
 def load_images(folder: Path | None, synthetic: bool, batch_size: int, img_size: int, seed: int) -> tuple[Tensor, str]:
-    """A float32 batch ``(batch_size, 3, img_size, img_size)`` and its origin in words.
+    """A float32 batch ``(batch_size, 3, img_size, img_size)``, and a description of its origin.
 
-    Every image is a crop of one photograph at a random position, scale and aspect ratio.
+    Every image is a crop of a photograph at a random position, scale and aspect ratio.
 
     Raises:
-        UsageError: There are no photographs to crop.
+        UsageError: There are no photographs.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -67,7 +67,7 @@ def _read_folder(folder: Path, seed: int) -> tuple[list[Image.Image], str]:
         if image is None:
             unreadable += 1
             continue
-        image.thumbnail((1024, 1024))  # a folder of camera files must not fill the memory
+        image.thumbnail((1024, 1024))  # large photographs would fill the memory
         photographs.append(image)
         if len(photographs) == _MAX_PHOTOGRAPHS:
             break
@@ -80,7 +80,7 @@ def _read_folder(folder: Path, seed: int) -> tuple[list[Image.Image], str]:
 
 
 def _open_files(folder: Path, seed: int) -> Iterator[Image.Image | None]:
-    """The images at any depth, shuffled; None for one that cannot be read."""
+    """The images in a folder and its subfolders, shuffled; None for one that cannot be read."""
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
     random.Random(seed).shuffle(files)
     for path in files:

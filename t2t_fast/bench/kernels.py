@@ -1,12 +1,12 @@
-"""Every op as T2T-ViT-14 uses it: work, floor, and the time of each implementation over that floor.
+"""Time every op as T2T-ViT-14 uses it, in every implementation, and compare with a floor.
 
     python benchmarks/kernels.py                                    # batch 128, bfloat16 on a GPU; 4, float32 on a CPU
     python benchmarks/kernels.py --ops soft_split_linear mlp --dtype float16 --output benchmarks/results
 
-The floor is the time that the bytes (each read or written once) or the operations take at the device's own rates: those
-of a large copy and a large matrix product measured in the same run. `aten` is the library's own best: cuDNN's
-convolution for the soft splits, scaled_dot_product_attention for attention, cuBLAS or oneDNN for products. A result or
-gradient that is wrong prints its error in place of a time, and the exit status is 1. The file grows row by row.
+The floor is the time for the bytes (each read or written once) or for the operations, whichever is longer, at the
+rates of a large copy and a large matmul measured in the same run. `aten` is the best that libraries offer: cuDNN's
+convolution for the soft splits, scaled_dot_product_attention for attention, cuBLAS or oneDNN for matmuls. A wrong
+result or gradient shows its error instead of a time, and the exit status is 1. The file is written after every op.
 """
 
 from __future__ import annotations
@@ -28,8 +28,6 @@ import t2t_fast
 from t2t_fast.bench.cases import CASES, TOLERANCES, Case, Tensors, exact_step, runners, step, tensors_of, worst_error
 from t2t_fast.bench.common import (
     OUTPUT_HELP,
-    OneLineParser,
-    UsageError,
     command_line,
     new_result,
     positive_int,
@@ -39,12 +37,13 @@ from t2t_fast.bench.common import (
 )
 from t2t_fast.bench.measuring import device_name, failure, give_back, select_device
 from t2t_fast.bench.rates import bytes_per_second, median_seconds, operations_per_second
-from t2t_fast.bench.terminal import Console, Table, track
+from t2t_fast.bench.terminal import Console, Table, track, wide_console
 from t2t_fast.env import collect_env
+from t2t_fast.usage import OneLineParser, UsageError
 
 
 def measure(case: Case, batch: int, dtype: torch.dtype, device: torch.device, compiled: bool) -> list[dict[str, Any]]:
-    """A row per variant: errors against the reference in float64, then forward, and forward with backward."""
+    """A row per variant: the error against the reference in float64, and seconds of forward and of training."""
     rows, tensors, sample, want = list[dict[str, Any]](), Tensors(), Tensors(), list[torch.Tensor]()
     for variant, function in runners(case).items():
         if variant == "reference, compiled" and not compiled:
@@ -55,7 +54,7 @@ def measure(case: Case, batch: int, dtype: torch.dtype, device: torch.device, co
             sample = sample or tensors_of(case, min(batch, 4), dtype, device)
             want = want or exact_step(case, sample)
             error = worst_error(step(function, sample), want)
-            # Gradients that cancel are as wrong in the literal form: no worse than twice that, within limits.
+            # Gradients that cancel have large errors in the reference, too: accept twice those, within a limit.
             literal = 2 * (rows[0].get("error") or 0.0) if row is not rows[0] else 4 * TOLERANCES[dtype]
             row["tolerance"] = min(max(TOLERANCES[dtype], literal), 4 * TOLERANCES[dtype])
             row["passed"] = error <= row["tolerance"]
@@ -69,7 +68,7 @@ def measure(case: Case, batch: int, dtype: torch.dtype, device: torch.device, co
             row["training_s"] = median_seconds(functools.partial(step, function, tensors), device)
         except t2t_fast.BackendUnavailable as error:
             row["status"] = f"cannot run: {error}"
-        except Exception as error:  # whatever a compiler or a driver says: the other rows go on
+        except Exception as error:  # compilers and drivers raise anything; the other rows go on
             row["status"] = failure(error)
             row["passed"] = row["status"] == "out of memory"
             give_back()
@@ -77,7 +76,7 @@ def measure(case: Case, batch: int, dtype: torch.dtype, device: torch.device, co
 
 
 def table_of(result: dict[str, Any]) -> Table:
-    """Work and floor of every use, then each variant's time over the floor."""
+    """Work and floor of every use, and each variant's time over the floor."""
     table = Table(
         "op", "use", "variant", "GFLOP", "MB", "forward", "over floor", "GFLOP", "MB", "training", "over floor"
     )
@@ -97,7 +96,7 @@ def table_of(result: dict[str, Any]) -> Table:
 
 
 def duration(seconds: float) -> str:
-    """In microseconds, or milliseconds where those are many."""
+    """In microseconds, or from 10 ms on in milliseconds."""
     return f"{seconds * 1e6:.0f} µs" if seconds < 0.01 else f"{seconds * 1e3:.1f} ms"
 
 
@@ -105,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure and return the exit status: 0, 1 if a result is wrong, 2 if an argument is impossible."""
     argv = list(sys.argv[1:] if argv is None else argv)
     known = tuple(dict.fromkeys(case.op for case in CASES))
-    parser = OneLineParser(prog="kernels.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(prog="kernels.py", description=__doc__)
     add = parser.add_argument
     add("--ops", nargs="+", default=list(known), choices=known, metavar="OP", help=f"default: {' '.join(known)}")
     add("--batch-size", type=positive_int, metavar="N", help="images; default: 128 on CUDA, 4 elsewhere")
@@ -120,9 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         path, result = _measure_all(options, argv)
     except UsageError as error:
         parser.error(str(error))
-    console = Console(highlight=False)
-    console.width = max(console.width, 150)
-    console.print(table_of(result))
+    wide_console(150).print(table_of(result))
     for row in result["rows"]:
         if row["status"] != "ok":
             print(f"{row['op']}, {row['use']}, {row['variant']}: {row['status']}")

@@ -1,4 +1,4 @@
-"""Every launch of a Triton kernel that T2T-ViT-14 makes at 224 px, over tensors without memory."""
+"""Every launch of a Triton kernel in T2T-ViT-14 at 224 px, with tensors on the meta device."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ USES = {
 
 
 def shipped_launches(dtype: torch.dtype) -> Iterator[tuple[str, str, Launch, bool]]:
-    """(kernel, use, launch, whether it multiplies matrices) of all that the model launches in ``dtype``."""
+    """(kernel, use, launch, whether it has matmuls) of all launches of the model in ``dtype``."""
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -75,7 +75,7 @@ def shipped_launches(dtype: torch.dtype) -> Iterator[tuple[str, str, Launch, boo
 
 
 def block_launches(dtype: torch.dtype) -> Iterator[tuple[str, str, Launch, bool]]:
-    """As :func:`shipped_launches`, of what the backbone's blocks can launch: T2T-ViT-14, 197 tokens of 384 channels."""
+    """As :func:`shipped_launches`, of the backbone's blocks: T2T-ViT-14, 197 tokens of 384 channels."""
     batch, tokens, dim = 8, 197, 384
     rows = torch.empty(batch, tokens, dim, dtype=dtype, device="meta")
     statistics = torch.empty(batch, tokens, device="meta"), torch.empty(batch, tokens, device="meta")

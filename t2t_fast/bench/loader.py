@@ -1,4 +1,4 @@
-"""A stream of batches from a folder, read, decoded and cropped by timm's loader in processes of their own."""
+"""A stream of batches from a folder, read, decoded and cropped by timm's loader in worker processes."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from t2t_fast.bench.common import UsageError
+from t2t_fast.usage import UsageError
 
-_PREFETCH = 2  # batches that each process makes ahead, torch's default
+_PREFETCH = 2  # batches that each worker prepares ahead; torch's default
 
 
 def find_shards(folder: Path) -> list[str]:
@@ -32,14 +32,14 @@ def find_shards(folder: Path) -> list[str]:
 
 
 class Shards(IterableDataset[Any]):
-    """The images in WebDataset shards, each process its own; what cannot be read is left out.
+    """The images in WebDataset shards, divided among worker processes; unreadable ones are skipped.
 
     Args:
         files: Paths of the shards.
-        repeat: Start again at their end.
+        repeat: Start again after the last shard.
 
     Attributes:
-        transform: Applied to each image, as timm's loader sets it; then items are pairs with a label of 0.
+        transform: Applied to each image. timm's loader sets it; items are then pairs of image and label 0.
     """
 
     def __init__(self, files: list[str], repeat: bool = False) -> None:
@@ -60,15 +60,15 @@ class Shards(IterableDataset[Any]):
 
 
 class Loader:
-    """Batches of the images in a folder, over and over.
+    """Batches of the images in a folder, repeated without end.
 
     Args:
-        folder: Images at any depth, by class or not, or WebDataset shards.
-        img_size: Of the crops.
-        device: Where batches go.
+        folder: Folder with images or WebDataset shards, also in subfolders.
+        img_size: Height and width of the crops.
+        device: Device of the batches.
 
     Attributes:
-        ahead: Batches that may lie ready when one is asked for.
+        ahead: The largest number of batches that the workers prepare ahead.
     """
 
     def __init__(self, folder: Path, img_size: int, device: torch.device) -> None:
@@ -79,10 +79,10 @@ class Loader:
         self._streams: dict[int, Iterator[Tensor]] = {}
 
     def next(self, batch_size: int, dtype: torch.dtype) -> Tensor:
-        """The next batch, (batch_size, 3, img_size, img_size), in that dtype on the device.
+        """The next batch, (batch_size, 3, img_size, img_size), in ``dtype`` on the device.
 
         Raises:
-            UsageError: The folder holds less than a batch.
+            UsageError: The folder holds fewer images than a batch.
         """
         if batch_size not in self._streams:
             self._streams[batch_size] = self._stream(batch_size)

@@ -1,4 +1,4 @@
-"""Check rows against the definition in float64, and time them in turn."""
+"""Check rows against the reference in float64, and time them in rounds."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from torch import Tensor, nn
 
 import t2t_fast
 from t2t_fast.bench import models
-from t2t_fast.bench.common import UsageError
 from t2t_fast.bench.variants import CannotRun, Row, build, precision_of
+from t2t_fast.usage import UsageError
 
 # Accepted relative norm of the error of the logits and, in training, of all gradients together, by the dtype of the
-# products: three to five times what rounding alone leaves, in any T2T-ViT.
+# matmuls: three to five times the error of rounding alone, in any T2T-ViT.
 TOLERANCES = {torch.float32: 5e-6, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 GRADIENT_TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 1e-1, torch.float16: 2e-2}
-# Of a single gradient, where small ones are mostly rounding in 16 bits: one that is missing is off by 1.
+# Of a single gradient: in 16 bits small ones are mostly rounding, and a missing one has an error of 1.
 WORST_TENSOR = {torch.float32: 1e-3, torch.bfloat16: 0.75, torch.float16: 0.5}
 TF32_TOLERANCES = {"inference": 4e-3, "training": 2e-2}  # as many digits as float16
 MIN_REPEATS, MAX_REPEATS = 5, 100
-SETTLED = 0.05  # two runs in a row that differ by less: warm
+SETTLED = 0.05  # warm: two consecutive runs differ by less
 Report = Callable[[str, int, int], None]
 
 
@@ -48,7 +48,7 @@ def select_precision(name: str, device: torch.device) -> str:
     """The precision for ``--precision``; ``auto`` is 16 bits on CUDA and float32 elsewhere.
 
     Raises:
-        UsageError: The device has no such arithmetic.
+        UsageError: The device lacks this precision.
     """
     if name == "auto":
         if device.type != "cuda":
@@ -60,14 +60,14 @@ def select_precision(name: str, device: torch.device) -> str:
 
 
 def device_name(device: torch.device, env: dict[str, Any]) -> str:
-    """The hardware's own name where it is known."""
+    """The name of the hardware, if it is known."""
     if device.type in ("cuda", "xpu"):
         return str(torch.get_device_module(device).get_device_name())
     return f"{device.type} {env['cpu']['model'] or 'unknown'}"
 
 
 class Oracle:
-    """Weights of our models, and what the reference makes of them in float64: logits or gradients, kept for reuse."""
+    """Weights of our models, and the exact results: the reference's logits or gradients in float64, cached."""
 
     def __init__(self, images: Tensor, device: torch.device, seed: int) -> None:
         self.images, self.device, self.seed = images, device, seed
@@ -75,7 +75,7 @@ class Oracle:
         self._answers: dict[tuple[Any, ...], list[Tensor]] = {}
 
     def count(self, row: Row) -> int:
-        """How many images of the row's batch are compared, a divisor of it: float64 takes its time on a CPU."""
+        """How many images are compared, a divisor of the batch size; few, as float64 is slow on a CPU."""
         most = min(8 if self.device.type == "cpu" else 32, 4 if row.mode == "training" else 32)
         return max(size for size in range(1, most + 1) if row.batch_size % size == 0)
 
@@ -88,7 +88,7 @@ class Oracle:
         return self._weights[key]
 
     def answer(self, row: Row) -> list[Tensor]:
-        """The exact result for the first images, with weights and images rounded as the row has them."""
+        """The exact result for the first images, with weights and images rounded to the row's dtype."""
         count = self.count(row)
         key = (row.model, row.img_size, row.mode, row.weight_dtype, count)
         if key not in self._answers:
@@ -118,9 +118,9 @@ def gradients(model: nn.Module, images: Tensor) -> list[Tensor]:
 
 
 def errors(got: Sequence[Tensor], want: Sequence[Tensor]) -> tuple[float, float]:
-    """Relative norm of the difference, of all tensors together and of the worst one; NaN where one is not finite.
+    """Relative norms of the difference: of all tensors together, and of the worst; NaN if one is not finite.
 
-    Tensors of less than 1e-3 of the whole norm are all rounding in 16 bits, and count in the first alone.
+    Tensors with less than 1e-3 of the whole norm are mostly rounding in 16 bits; they count in the first norm only.
     """
     if [t.shape for t in got] != [t.shape for t in want]:
         return math.nan, math.nan
@@ -131,9 +131,9 @@ def errors(got: Sequence[Tensor], want: Sequence[Tensor]) -> tuple[float, float]
 
 
 def prepare(rows: Sequence[Row], oracle: Oracle, report: Report, keep: Callable[[], None] = lambda: None) -> list[Row]:
-    """Build, check and warm up each row; those that may be timed are returned, the others' status tells why not.
+    """Build, check and warm up each row, and return those that can be timed. The status of the others says why not.
 
-    ``keep`` is called after each.
+    ``keep`` is called after each row.
     """
     ready = []
     for done, row in enumerate(rows):
@@ -153,14 +153,14 @@ def prepare(rows: Sequence[Row], oracle: Oracle, report: Report, keep: Callable[
 
 @contextlib.contextmanager
 def guarded(row: Row) -> Iterator[None]:
-    """Turns what keeps one row from running into its status; the others go on."""
+    """A context that turns an error of one row into its status, so that the others go on."""
     try:
         yield
     except UsageError:
         raise
     except (CannotRun, t2t_fast.BackendUnavailable) as error:
         row.status = f"cannot run: {' '.join(str(error).split())}"
-    except Exception as error:  # whatever a compiler, a driver or another's model says
+    except Exception as error:  # compilers, drivers and foreign models raise anything
         row.status = failure(error)
     if row.status == "out of memory":
         row.drop()
@@ -168,14 +168,14 @@ def guarded(row: Row) -> Iterator[None]:
 
 
 def give_back() -> None:
-    """Let go of the memory that CUDA holds in reserve."""
+    """Free the memory that CUDA's allocator caches."""
     if torch.cuda.is_available():
-        with contextlib.suppress(RuntimeError):  # after an error that nothing on the device survives
+        with contextlib.suppress(RuntimeError):  # after some errors the device is lost
             torch.cuda.empty_cache()
 
 
 def failure(error: Exception) -> str:
-    """The status of what raised ``error``, on one line."""
+    """The status, in one line, of a row that raised ``error``."""
     text = " ".join(str(error).split())
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in text:
         return "out of memory"
@@ -183,7 +183,7 @@ def failure(error: Exception) -> str:
 
 
 def batch_for(row: Row, oracle: Oracle) -> Tensor:
-    """The row's batch on the device; images repeat where there are fewer."""
+    """The row's batch on the device; images repeat if there are too few."""
     images = oracle.images
     if len(images) < row.batch_size:
         images = images.repeat(math.ceil(row.batch_size / len(images)), 1, 1, 1)
@@ -191,10 +191,10 @@ def batch_for(row: Row, oracle: Oracle) -> Tensor:
 
 
 def check(row: Row, oracle: Oracle, images: Tensor) -> None:
-    """Compare the row's logits, or its gradients, with the exact ones, on batches as they will be timed.
+    """Compare the row's logits, or its gradients, with the exact ones, on batches of the size that will be timed.
 
-    Of models that are not ours results have to be finite and, compiled, those of the model as it is. A row whose error
-    exceeds the tolerance, or is not a number, gets the status "wrong".
+    Results of models that are not ours must be finite and, compiled, agree with the eager model. A row whose error
+    exceeds the tolerance, or is NaN, gets the status "wrong".
     """
     assert row.module is not None and row.step is not None
     if oracle.weights(row) is None:
@@ -205,7 +205,7 @@ def check(row: Row, oracle: Oracle, images: Tensor) -> None:
     row.ops = {op: sorted(ran) for op, ran in explained.items()}
     exact, count = oracle.answer(row), oracle.count(row)
     if row.mode == "training":
-        repeated = images[:count].repeat(row.batch_size // count, 1, 1, 1)  # whose gradients are those of one of each
+        repeated = images[:count].repeat(row.batch_size // count, 1, 1, 1)  # with the same mean gradients
         with precision_of(row, oracle.device):
             got = gradients(row.module, repeated)
         row.tolerance = GRADIENT_TOLERANCES[row.product_dtype]
@@ -242,13 +242,13 @@ def _check_foreign(row: Row, oracle: Oracle, images: Tensor) -> None:
 
 
 def _explicable(module: nn.Module) -> nn.Module:
-    """What runs op by op inside a compiled or recorded module."""
+    """The eager module inside a compiled one or a GraphRunner."""
     module = getattr(module, "_orig_mod", module)
     return module.model if isinstance(module, t2t_fast.GraphRunner) else module
 
 
 def settle(row: Row, images: Tensor, most: int = 20) -> None:
-    """Run until two runs in a row take the same time: caches, clocks and algorithms have been found."""
+    """Warm up: run until two consecutive runs take about the same time."""
     previous = math.inf
     for _ in range(most):
         seconds = time_step(row, images)
@@ -265,22 +265,22 @@ def time_rows(
     report: Report,
     keep: Callable[[], None] = lambda: None,
 ) -> None:
-    """Time the rows in rounds, each once per round, so that drift of the machine hits all alike.
+    """Time the rows in rounds, each row once per round, so that drift of the machine affects all alike.
 
     Args:
         rows: Prepared rows.
         seconds_of: Runs a row and returns the seconds of one step.
-        repeats: Number of rounds; None leaves it to ``budget``, within MIN_REPEATS and MAX_REPEATS.
-        budget: Seconds that the rounds may take together.
-        report: Called with what is done, the batches done and the batches planned.
-        keep: Called after every round once a row has its least.
+        repeats: Number of rounds; None means as many as ``budget`` allows, from MIN_REPEATS to MAX_REPEATS.
+        budget: Seconds for all rounds together.
+        report: Called with the current activity, the batches done and the batches planned.
+        keep: Called after every round from MIN_REPEATS on.
     """
     planned = repeats or MIN_REPEATS
     started = time.perf_counter()
     done = 0
     rows = list(rows)
     while done < planned and rows:
-        first = done % len(rows)  # another neighbour each round: none always runs after the same one
+        first = done % len(rows)  # rotate, so that no row always follows the same one
         for i, row in enumerate([*rows[first:], *rows[:first]]):
             with guarded(row):
                 row.seconds.append(seconds_of(row))
@@ -314,9 +314,9 @@ def time_step(row: Row, images: Tensor) -> float:
 
 
 def time_stream(row: Row, fetch: Callable[[Row], Tensor], ahead: int) -> float:
-    """Seconds of one step in a run of them, every one with the next batch, fetching included.
+    """Seconds per step in a run of steps, each with the next batch, including its fetching.
 
-    ``ahead`` batches may lie ready that were made in somebody else's time: as many steps pass before the clock starts.
+    Up to ``ahead`` batches may be ready beforehand, so the clock starts after as many steps.
     """
     assert row.step is not None
     started = 0.0
@@ -328,14 +328,14 @@ def time_stream(row: Row, fetch: Callable[[Row], Tensor], ahead: int) -> float:
 
 
 def _finished() -> float:
-    """The time at which everything asked for has been done."""
+    """The time after the device has finished."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
     return time.perf_counter()
 
 
 def largest_batch(row: Row, oracle: Oracle, limit: int = 1 << 16) -> int:
-    """The largest batch that a row can take: doubled until memory runs out, then halved in between; 0 for none."""
+    """The largest batch that fits: doubled until memory runs out, then bisected to about 6%; 0 if none fits."""
 
     def fits(size: int) -> bool:
         trial = Row(**{**row.__dict__, "batch_size": size, "status": "pending", "seconds": []})
@@ -357,7 +357,7 @@ def largest_batch(row: Row, oracle: Oracle, limit: int = 1 << 16) -> int:
 
 
 def best_batch(row: Row, oracle: Oracle, limit: int) -> int:
-    """The batch up to ``limit`` that gives most images per second, among powers of two; ends when that falls twice."""
+    """The power of two up to ``limit`` with most images per second; two batches without a gain end the search."""
     best, best_rate, falls, size = 1, 0.0, 0, 1
     while size <= limit and falls < 2:
         trial = Row(**{**row.__dict__, "batch_size": size, "status": "pending", "seconds": []})
@@ -399,12 +399,12 @@ def figures(row: Row) -> dict[str, Any]:
 
 
 def relate(rows: Sequence[dict[str, Any]], operations_per_second: Mapping[str, float]) -> None:
-    """Fill in what needs more than a row's own times.
+    """Fill in ``speed`` and ``of_product``, which need more than a row's own times.
 
-    ``speed``: images per second over those of its model's reference, or of the first reference, of the same mode,
-    precision, batch and image size; the median over the rounds' ratios where both ran in the same rounds. Where there
-    is no reference, the first row takes its place. ``of_product``: its arithmetic per second, two operations for each
-    multiply-accumulate and three times as many in training, over that of a large matrix product in its precision.
+    ``speed`` is the row's images per second over those of a baseline with the same mode, precision, batch and image
+    size: the model's reference, else the first reference, else the first row. If both ran in the same rounds, it is the
+    median of the rounds' ratios. ``of_product`` is the row's arithmetic per second (two operations for each
+    multiply-accumulate, three times as many in training) over that of a large matmul in its precision.
     """
     for row in rows:
         if row["seconds"] and row["precision"] in operations_per_second:

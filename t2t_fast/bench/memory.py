@@ -1,11 +1,11 @@
-"""Memory by phase: inference, a training step's forward, backward and update, and the largest single tensor.
+"""Measure memory: of inference, of forward, backward and update in training, and the largest single tensor.
 
     python benchmarks/memory.py                                              # T2T-ViT-14 and T2T-ViT_t-14, 4 images
     python benchmarks/memory.py --models t2t_vit_t_14 --img-size 384 --variants auto checkpointing
     python benchmarks/memory.py --device cuda --batch-size 128 --precision autocast-bfloat16 --output benchmarks/results
 
-Every allocation and release of torch's allocator is recorded, on any device, so the figures are exact and repeatable;
-what libraries take behind its back (workspaces, the CUDA context) is not in them. `checkpointing` is `auto` with
+Every allocation and release by torch's allocator is recorded, on any device, so the figures are exact and repeatable.
+Memory that libraries allocate themselves (workspaces, the CUDA context) is not included. `checkpointing` is `auto` with
 `set_grad_checkpointing()`.
 """
 
@@ -23,17 +23,16 @@ import torch
 from t2t_fast.bench import measuring, models
 from t2t_fast.bench.common import (
     OUTPUT_HELP,
-    OneLineParser,
-    UsageError,
     command_line,
     new_result,
     positive_int,
     result_path,
     write_json,
 )
-from t2t_fast.bench.terminal import Console, Table, track
+from t2t_fast.bench.terminal import Console, Table, track, wide_console
 from t2t_fast.bench.variants import Row, build, precision_of
 from t2t_fast.env import collect_env
+from t2t_fast.usage import OneLineParser, UsageError
 
 MODELS = ("t2t_vit_14", "t2t_vit_t_14")
 VARIANTS = ("reference", "auto", "aten", "checkpointing")
@@ -42,7 +41,7 @@ PHASES = ("inference", "forward", "kept", "backward", "update")
 
 
 class Phase(NamedTuple):
-    """Bytes above what was allocated before: at the worst moment, at the end, and of the largest tensor."""
+    """Bytes above those allocated before: the peak, the end, and the largest tensor."""
 
     peak: int
     end: int
@@ -50,7 +49,7 @@ class Phase(NamedTuple):
 
 
 def record(function: Callable[[], Any], device_type: str) -> tuple[Phase, Any]:
-    """Run ``function`` and add up its allocations on that kind of device; its result is kept alive."""
+    """Run ``function``; return its memory on that type of device, and its result, which counts as allocated."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         result = function()
         if device_type != "cpu":
@@ -66,7 +65,7 @@ def record(function: Callable[[], Any], device_type: str) -> tuple[Phase, Any]:
 
 
 def measure(model: str, variant: str, options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """A row: bytes of the parameters and of every phase, for one step after a first one that fills all caches."""
+    """A row: bytes of the parameters and of every phase of a step, after a first step that fills all caches."""
     row = Row(model, None if variant == "checkpointing" else variant, "training", options.precision, options.batch_size,
               options.img_size, 0, 0)  # fmt: skip
     content: dict[str, Any] = {"model": model, "variant": variant, "precision": row.precision}
@@ -122,7 +121,7 @@ def _phases(row: Row, variant: str, device: torch.device) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark and return the exit status: 0, or 2 if an argument is impossible."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = OneLineParser(prog="memory.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(prog="memory.py", description=__doc__)
     add = parser.add_argument
     add("--models", nargs="+", default=list(MODELS), metavar="NAME", help=f"default: {' '.join(MODELS)}")
     add("--variants", nargs="+", default=["reference", "auto", "checkpointing"], choices=VARIANTS, metavar="NAME",
@@ -137,12 +136,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         path, result = _measure_all(options, argv)
     except UsageError as error:
         parser.error(str(error))
-    console = Console(highlight=False)
-    console.width = max(console.width, 110)
+    console = wide_console(110)
     console.print(table_of(result["rows"]))
     console.print(
-        f"MB (10^6 bytes) above what was allocated before, {result['hardware']}, {options.batch_size} images of "
-        f"{options.img_size} px, {options.precision}. kept: for backward; backward and update: with what is kept then."
+        f"MB (10^6 bytes) above the memory allocated before, {result['hardware']}, {options.batch_size} images of "
+        f"{options.img_size} px, {options.precision}. kept: held for backward; backward and update include it."
     )
     print(f"results: {path}")
     return 0
@@ -155,7 +153,7 @@ def _measure_all(options: argparse.Namespace, argv: list[str]) -> tuple[Path, di
     if foreign:
         raise UsageError(f"--models: {foreign[0]!r} is none of this package's")
     for name in names:
-        models.count(name, options.img_size)  # refuses a size that it does not take
+        models.count(name, options.img_size)  # raises for an impossible size
     env, date = collect_env(), datetime.now().astimezone()
     hardware = measuring.device_name(device, env)
     path = result_path(options.output, f"memory {hardware}", env, date)
@@ -164,7 +162,7 @@ def _measure_all(options: argparse.Namespace, argv: list[str]) -> tuple[Path, di
     work = [(model, variant) for model in names for variant in dict.fromkeys(options.variants)]
     for model, variant in track(work, "measuring", console=Console(stderr=True), transient=True):
         result["rows"].append(measure(model, variant, options, device))
-        write_json(path, result)  # what is known survives an interruption
+        write_json(path, result)  # for the case of an interruption
     return path, result
 
 

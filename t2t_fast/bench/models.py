@@ -1,4 +1,4 @@
-"""The models that the benchmarks compare: names, sets of names, and how each is made with random weights."""
+"""The models that the benchmarks compare: names, sets of names, constructors and random weights."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import t2t_fast
-from t2t_fast.bench.common import UsageError
 from t2t_fast.macs import Macs, count_macs
+from t2t_fast.usage import UsageError
 
-# The ViT-S/16 that the paper compares with: timm's at that time, 768 channels in 8 layers; today's has DeiT-S's size.
+# The ViT-S/16 of the paper: timm's then had 768 channels in 8 layers; today's has the size of DeiT-S.
 PAPER_VIT_SMALL = "vit_small_patch16_224_of_the_paper"
 _PAPER_VIT_SMALL: dict[str, Any] = {
     "patch_size": 16,
@@ -47,10 +47,10 @@ SETS = {
 
 
 def resolve_names(names: Sequence[str]) -> list[str]:
-    """The models that ``names``, models or sets of them, stand for, each once.
+    """The models that ``names`` (of models or sets) stand for, each once.
 
     Raises:
-        UsageError: One is known neither here nor to timm.
+        UsageError: A name is unknown here and to timm.
     """
     resolved: dict[str, None] = {}
     for name in names:
@@ -71,7 +71,7 @@ def is_ours(name: str) -> bool:
 
 
 def create(name: str, img_size: int | None = None, **kwargs: Any) -> nn.Module:
-    """The model in evaluation mode; without ``img_size`` it has its own.
+    """The model in evaluation mode, for images of ``img_size`` or by default of its own size.
 
     Raises:
         UsageError: It does not take images of that size.
@@ -82,7 +82,7 @@ def create(name: str, img_size: int | None = None, **kwargs: Any) -> nn.Module:
             return VisionTransformer(**size, **_PAPER_VIT_SMALL).eval()
         try:
             return timm.create_model(name, **size, **kwargs).eval()
-        except TypeError:  # most convolutional networks take any size, and no such argument
+        except TypeError:  # most convolutional networks take any size and have no such argument
             return timm.create_model(name, **kwargs).eval()
     except (AssertionError, ValueError) as error:  # how timm and this package refuse a size
         if img_size is None:
@@ -104,7 +104,7 @@ def count(name: str, img_size: int) -> Macs:
 
 
 def random_weights(name: str, img_size: int, seed: int) -> dict[str, Tensor]:
-    """Weights of one of this package's models, drawn so that every parameter moves the logits."""
+    """Random weights of one of this package's models, with which every parameter affects the logits."""
     torch.manual_seed(seed)
     model = create(name, img_size)
     _spread(model)
@@ -112,10 +112,10 @@ def random_weights(name: str, img_size: int, seed: int) -> dict[str, Tensor]:
 
 
 def _spread(model: nn.Module) -> None:
-    """Random values in every bias and norm, and weights that keep the variance; shorter keys and queries.
+    """Draw every bias and norm, and weights that preserve the variance; keys and queries shorter.
 
-    As initialised, the logits hardly depend on the image and not at all on the biases; and where keys and queries are
-    long, the Performer's features all but vanish. Errors would hide.
+    With the initial weights, logits depend little on the image and not on biases; with long keys and queries the
+    Performer's features almost vanish. Both would hide errors.
     """
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):

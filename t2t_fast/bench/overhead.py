@@ -1,11 +1,11 @@
-"""Python time of one block: so few and so narrow tokens that the arithmetic takes next to no time.
+"""Measure the Python time of one block: with few, narrow tokens, whose arithmetic takes almost no time.
 
     python benchmarks/overhead.py                        # timm's block, ours, and ours frozen, on one thread
     python benchmarks/overhead.py --precision bfloat16 --tokens 50
 
-All blocks have the same width, heads and MLP. They run in turn, many short runs each; a figure is the median run, in
-processor time of the one thread, so that a busy machine matters little. Calls are what Python's profiler counts in one
-forward pass: functions of Python, and of C that Python code calls.
+All blocks have the same width, heads and MLP. They run in turn, in many short runs. A figure is the median run, in
+processor time of one thread, so that a busy machine matters little. Calls are counted by Python's profiler in one
+forward pass: Python functions, and C functions called from Python.
 """
 
 from __future__ import annotations
@@ -28,8 +28,6 @@ import t2t_fast
 from t2t_fast.bench import measuring
 from t2t_fast.bench.common import (
     OUTPUT_HELP,
-    OneLineParser,
-    UsageError,
     command_line,
     new_result,
     positive_int,
@@ -38,6 +36,7 @@ from t2t_fast.bench.common import (
 )
 from t2t_fast.bench.terminal import Console, Table
 from t2t_fast.env import collect_env
+from t2t_fast.usage import OneLineParser, UsageError
 
 HEAD_DIM, MLP_RATIO, CALLS_PER_RUN = 8, 3.0, 20
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -83,7 +82,7 @@ def count_calls(mode: str, block: nn.Module, tokens: Tensor) -> int:
 
 
 def time_in_turn(steps: Sequence[Callable[[], Any]], rounds: int) -> list[float]:
-    """Seconds per call of each, the median of ``rounds`` short runs; the order turns round from run to run."""
+    """Seconds per call of each step, the median of ``rounds`` short runs; the order is reversed after every run."""
     runs: list[list[float]] = [[] for _ in steps]
     for step in steps:
         for _ in range(CALLS_PER_RUN):
@@ -98,7 +97,7 @@ def time_in_turn(steps: Sequence[Callable[[], Any]], rounds: int) -> list[float]
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row per mode and block: microseconds, calls, and their ratios to timm's."""
+    """A row per mode and block: microseconds, their ratio to timm's, and calls."""
     torch.manual_seed(0)
     dtype = PRECISIONS[options.precision]
     blocks = make_blocks(options.heads, dtype)
@@ -117,9 +116,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark and return the exit status: 0, or 2 if an argument is impossible."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = OneLineParser(
-        prog="overhead.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(prog="overhead.py", description=__doc__)
     add = parser.add_argument
     add("--tokens", type=positive_int, default=5, metavar="N", help="tokens of the one image; default: 5")
     add("--heads", type=positive_int, default=6, metavar="N", help=f"heads of {HEAD_DIM} channels; default: 6")

@@ -1,4 +1,4 @@
-"""Pictures of results, as SVG and PNG that come out the same from the same figures; none without matplotlib."""
+"""Plots of results, as reproducible SVG and PNG files. Without matplotlib nothing is drawn."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Row = dict[str, Any]
 
 @contextlib.contextmanager
 def _figure(path: Path, written: list[Path], **labels: Any) -> Iterator[Any]:
-    """Axes to draw on; saved beside ``path`` afterwards. The names are added to ``written``."""
+    """A context with axes; afterwards the figure is saved beside ``path`` and its files are added to ``written``."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -41,7 +41,7 @@ def _figure(path: Path, written: list[Path], **labels: Any) -> Iterator[Any]:
 
 
 def _plain_ticks(axis: Any) -> None:
-    """2, 5, 10k in place of powers of ten; as many as the range needs."""
+    """Label a logarithmic axis 2, 5, 10k instead of by powers of ten; more densely if its range is small."""
     from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
     low, high = axis.get_view_interval()
@@ -59,14 +59,14 @@ def _has_matplotlib() -> bool:
 
 
 def _scatter(axes: Any, rows: Sequence[Row], x: dict[str, float]) -> None:
-    """Images per second over ``x`` by model; a mark per variant, a T2T-ViT's name at its fastest, others' below."""
+    """Images per second over ``x`` by model; a colour per variant; T2T-ViTs have their names above, others below."""
     for variant in dict.fromkeys(row["variant"] or "timm" for row in rows):
         mine = [row for row in rows if (row["variant"] or "timm") == variant]
         marker = "s" if variant == "timm" else "o"
         axes.scatter(
             [x[r["model"]] for r in mine], [r["images_per_second"] for r in mine], label=variant, marker=marker
         )
-    axes.margins(x=0.2)  # room for names
+    axes.margins(x=0.2)  # room for the names
     names: dict[tuple[float, float, bool], str] = {}
     for model in dict.fromkeys(row["model"] for row in rows):
         top = max(row["images_per_second"] for row in rows if row["model"] == model)
@@ -95,13 +95,13 @@ def plot_macs(rows: Sequence[Row], title: str, path: Path) -> list[Path]:
 
 
 def with_top1(rows: Sequence[Row], top1: dict[str, float]) -> list[Row]:
-    """The rows of models that the paper has a top-1 for, if they are three models or more."""
+    """The timed rows of models with a published top-1; empty for less than three models."""
     rows = [row for row in _timed(rows) if row["model"] in top1]
     return rows if len({row["model"] for row in rows}) >= 3 else []
 
 
 def plot_top1(rows: Sequence[Row], top1: dict[str, float], title: str, path: Path) -> list[Path]:
-    """Images per second against the paper's top-1, of :func:`with_top1`."""
+    """Images per second against the paper's top-1, for the rows of :func:`with_top1`."""
     rows, written = with_top1(rows, top1), list[Path]()
     if rows and _has_matplotlib():
         labels = {"xlabel": "top-1 on ImageNet, as published (%)", "ylabel": "images per second", "title": title}
@@ -111,7 +111,7 @@ def plot_top1(rows: Sequence[Row], top1: dict[str, float], title: str, path: Pat
 
 
 def by_batch(rows: Sequence[Row]) -> dict[str, dict[int, float]]:
-    """Images per second by batch of each model and variant that was measured with three batches or more."""
+    """Images per second by batch size, of each model and variant with at least three batch sizes."""
     lines: dict[str, dict[int, float]] = {}
     for row in _timed(rows):
         name = f"{row['model']} {row['variant'] or ''}".strip()
@@ -120,7 +120,7 @@ def by_batch(rows: Sequence[Row]) -> dict[str, dict[int, float]]:
 
 
 def plot_batches(rows: Sequence[Row], title: str, path: Path) -> list[Path]:
-    """Images per second against the batch, of :func:`by_batch`."""
+    """Images per second against the batch size, for the rows of :func:`by_batch`."""
     lines, written = by_batch(rows), list[Path]()
     if lines and _has_matplotlib():
         labels = {"xlabel": "batch", "ylabel": "images per second", "title": title}
@@ -131,7 +131,7 @@ def plot_batches(rows: Sequence[Row], title: str, path: Path) -> list[Path]:
 
 
 def plot_roofline(result: dict[str, Any], path: Path) -> list[Path]:
-    """Operations per second of every kernel over its operations per byte, under the device's two ceilings."""
+    """Operations per second of every op over its operations per byte, and the limits of the device."""
     written: list[Path] = []
     points = [
         (work["flops"] / work["bytes"], work["flops"] / row["forward_s"], row)

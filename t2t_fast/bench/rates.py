@@ -1,4 +1,4 @@
-"""What a device can do at best: the rates of a large copy and of a large matrix product, measured where it counts."""
+"""The best rates of a device: bytes per second of a large copy, operations per second of a large matmul."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from t2t_fast import ops
 
 
 def median_seconds(function: Callable[[], Any], device: torch.device) -> float:
-    """Of one call, warm: on CUDA by events with the L2 cache emptied in between, elsewhere by the wall clock."""
+    """Median seconds of a call after warm-up: on CUDA by events, with the L2 cache cleared; elsewhere by the clock."""
     if device.type == "cuda":
         from triton.testing import do_bench
 
@@ -22,7 +22,7 @@ def median_seconds(function: Callable[[], Any], device: torch.device) -> float:
 
 
 def _times(function: Callable[[], Any], device: torch.device, least: int = 5) -> list[float]:
-    """Seconds of half a second's calls, and of ``least`` at least."""
+    """Seconds of each of the calls that half a second allows, but of at least ``least`` calls."""
     times: list[float] = []
     function()
     started = time.perf_counter()
@@ -36,7 +36,7 @@ def _times(function: Callable[[], Any], device: torch.device, least: int = 5) ->
 
 
 def bytes_per_second(device: torch.device) -> float:
-    """Of a large copy, read and written."""
+    """Bytes per second of a large copy, read and written."""
     source = torch.ones(2**28 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device)
     target = torch.ones_like(source)
     return 2 * source.numel() / median_seconds(lambda: target.copy_(source), device)
@@ -44,11 +44,11 @@ def bytes_per_second(device: torch.device) -> float:
 
 @torch.no_grad()
 def operations_per_second(dtype: torch.dtype, device: torch.device) -> float:
-    """Of a large matrix product at best, two for each multiply-accumulate, by the better of the libraries at hand."""
+    """Operations per second (two per multiply-accumulate) of a large matmul, by the faster library."""
     side = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
-    # Where the plain product is not the library's best, ops.linear is.
+    # ops.linear takes oneDNN where `@` takes MKL.
     products: list[Callable[[], Any]] = [lambda: a @ b, lambda: ops.linear(a[None], b, None)]
     if device.type == "cuda":
         return 2 * side**3 / min(median_seconds(product, device) for product in products)
-    return 2 * side**3 / min(min(_times(product, device)) for product in products)  # a busy machine is none at its best
+    return 2 * side**3 / min(min(_times(product, device)) for product in products)  # others may slow it down

@@ -3,13 +3,12 @@
     python benchmarks/report.py              # after a result file was added or removed
     python benchmarks/report.py --check      # exit status 1 if docs and files disagree
 
-Tables stand between `<!-- generated: NAME -->` and `<!-- end -->`; the prose around them is written by hand. Of files
-with the same benchmark, hardware and command the newest is shown.
+Tables are between `<!-- generated: NAME -->` and `<!-- end -->`; the text around them is written by hand. Of several
+files with the same benchmark, hardware and command, the newest is shown.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import sys
@@ -17,10 +16,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from t2t_fast.bench.common import OneLineParser, UsageError, checkout, slug, write_text
+from t2t_fast.bench.common import checkout, slug, write_text
 from t2t_fast.bench.plots import by_batch, plot_batches, plot_macs, plot_roofline, plot_top1, with_top1
 from t2t_fast.bench.tables import KINDS, Result, Row, markdown, normalised, rate
 from t2t_fast.models.variants import VARIANTS
+from t2t_fast.usage import OneLineParser, UsageError
 
 DOCS = ("README.md", "docs/results.md")
 NOT_YET = "Not measured yet."
@@ -36,10 +36,10 @@ COLUMNS = (
 
 
 def load(folder: Path) -> list[tuple[Path, Result]]:
-    """The newest files of each benchmark, hardware and command, with their paths, by hardware and date.
+    """The newest file of each benchmark, hardware and command, with its path; sorted by hardware and date.
 
     Raises:
-        UsageError: One is no result file.
+        UsageError: A file is not a result file.
     """
     newest: dict[tuple[Any, ...], tuple[Path, Result]] = {}
     for path in sorted(folder.glob("*.json")):
@@ -60,7 +60,7 @@ def load(folder: Path) -> list[tuple[Path, Result]]:
 
 
 def blocks(files: Sequence[tuple[Path, Result]]) -> dict[str, str]:
-    """The generated text by its name."""
+    """The names of the generated blocks, and their texts."""
     on = {device: [f for f in files if f[1].get("device") == device] for device in ("cpu", "cuda")}
     return {
         "measured": _measured(files),
@@ -92,10 +92,10 @@ def _section(path: Path, result: Result) -> str:
 
 
 def _measured(files: Sequence[tuple[Path, Result]]) -> str:
-    """A row for every machine, mode and precision in which T2T-ViT-14 was measured by default, 224 px."""
+    """A row for every machine, mode, precision and batch in which ``auto`` T2T-ViT-14 was measured at 224 px."""
     body: dict[tuple[Any, ...], list[str]] = {}
     for path, result in files:
-        if result["benchmark"] != "throughput" or result.get("with_loader"):  # the loader's speed is another thing
+        if result["benchmark"] != "throughput" or result.get("with_loader"):  # it includes the loader's time
             continue
         kinds: dict[tuple[Any, ...], dict[tuple[Any, ...], float]] = {}
         for row in normalised(result):
@@ -108,12 +108,12 @@ def _measured(files: Sequence[tuple[Path, Result]]) -> str:
                 mode, precision, batch = kind
                 hardware = result["hardware"].removeprefix("cpu ")
                 link = f"[{mode}, {precision}, batch {batch}](benchmarks/results/{path.name})"
-                body[(hardware, *kind)] = [hardware, link, *cells]  # of files by date: the newest stays
+                body[(hardware, *kind)] = [hardware, link, *cells]  # files are sorted by date, so the newest wins
     return markdown(["", "images per second", *(c[0] for c in COLUMNS)], body.values()) if body else NOT_YET
 
 
 def _most_rows(files: Sequence[tuple[Path, Result]]) -> list[Row]:
-    """Of a machine's inference files the rows of the largest, in its first precision."""
+    """The inference rows of a machine's largest file, in the file's first precision."""
     results = (result for _, result in files if result["benchmark"] == "throughput")
     runs = [[row for row in normalised(result) if row["mode"] == "inference"] for result in results]
     runs = [[r for r in rows if r["batch_size"] != 1 and r["precision"] == rows[0]["precision"]] for rows in runs]
@@ -125,7 +125,7 @@ def _top1() -> dict[str, float]:
 
 
 def _pictures(hardware: str, files: Sequence[tuple[Path, Result]]) -> list[str]:
-    """Names of the plots of a machine that its files have the figures for; see :func:`draw`."""
+    """Names of the plots that a machine's files have figures for; see :func:`draw`."""
     rows = _most_rows(files)
     figures = {
         "throughput": rows,
@@ -137,7 +137,7 @@ def _pictures(hardware: str, files: Sequence[tuple[Path, Result]]) -> list[str]:
 
 
 def draw(files: Sequence[tuple[Path, Result]], folder: Path) -> list[Path]:
-    """The plots of all machines: of the inference file with most rows, and of the kernel file."""
+    """Draw each machine's inference file with most rows, and its kernel file; the files written."""
     top1, written = _top1(), list[Path]()
     for hardware in dict.fromkeys(str(result["hardware"]) for _, result in files if result.get("hardware")):
         mine = [f for f in files if f[1].get("hardware") == hardware]
@@ -155,7 +155,7 @@ def fill(text: str, generated: dict[str, str]) -> str:
     """``text`` with its generated blocks replaced.
 
     Raises:
-        UsageError: It has a block of an unknown name.
+        UsageError: The text has a block with an unknown name.
     """
 
     def replace(match: re.Match[str]) -> str:
@@ -168,7 +168,7 @@ def fill(text: str, generated: dict[str, str]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write or check, and return the exit status."""
-    parser = OneLineParser(prog="report.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(prog="report.py", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if something would change")
     options = parser.parse_args(argv)
     try:

@@ -1,14 +1,13 @@
-"""Compile every Triton kernel this package ships, ahead of time, and tabulate what it takes of the chip.
+"""Compile every Triton kernel ahead of time, and tabulate its registers, spills, shared memory and instructions.
 
     python benchmarks/resources.py                    # checks all, rewrites benchmarks/resources.json; no GPU needed
     python benchmarks/resources.py --arch 90 --kind bfloat16 --dry-run
 
-A kernel that spills registers, or a 16-bit product that misses the tensor cores, makes the exit status 1.
+The exit status is 1 if a kernel spills registers or a 16-bit matmul does not use the tensor cores.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import itertools
 import json
@@ -24,10 +23,11 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from t2t_fast.bench.common import OneLineParser, UsageError, checkout, write_json
+from t2t_fast.bench.common import checkout, write_json
 from t2t_fast.bench.launches import shipped_launches
-from t2t_fast.bench.terminal import Console, Progress, Table
+from t2t_fast.bench.terminal import Console, Progress, Table, wide_console
 from t2t_fast.config import triton_is_interpreted
+from t2t_fast.usage import OneLineParser, UsageError
 
 ARCHS = (80, 89, 90, 100, 120)
 # dtype and torch's float32 matmul precision
@@ -42,7 +42,7 @@ TENSOR_CORES = re.compile(r"mma\.sync|wgmma\.mma_async|tcgen05\.mma")
 
 
 class Ahead:
-    """A driver without a GPU: it knows for which chip to compile, and nothing can be launched."""
+    """A Triton driver without a GPU: kernels compile for ``arch`` and cannot be launched."""
 
     def __init__(self, arch: int) -> None:
         self.arch = arch
@@ -51,14 +51,14 @@ class Ahead:
         return GPUTarget("cuda", self.arch, 32)
 
     def get_current_device(self) -> int:
-        return self.arch  # Triton's caches go by device
+        return self.arch  # Triton caches per device
 
     def get_current_stream(self, device: int) -> int:
         return 0
 
 
 def resources(compiled: Any) -> dict[str, Any]:
-    """Registers per thread, bytes of local memory per thread and of shared memory per block, and tensor cores."""
+    """Registers and bytes of local memory per thread, bytes of shared memory per block, tensor-core instructions."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -76,7 +76,7 @@ def resources(compiled: Any) -> dict[str, Any]:
 
 
 def source_digest() -> str:
-    """Of the kernels and their configurations: the table belongs to these.
+    """A digest of the files in kernels/, to tell which sources the table belongs to.
 
     Raises:
         UsageError: There is no checkout.
@@ -105,7 +105,7 @@ def compile_all(archs: list[int], kinds: list[str]) -> list[dict[str, Any]]:
 
 
 def faults(rows: list[dict[str, Any]]) -> list[str]:
-    """What must not ship."""
+    """Faults for which a kernel must not ship, as texts."""
     found = []
     for row in rows:
         name = f"{row['kernel']}, {row['use']}, {row['arch']}, {row['kind']}"
@@ -129,13 +129,11 @@ def table_of(rows: list[dict[str, Any]]) -> Table:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Compile and return the exit status: 0, 1 if a kernel must not ship, 2 if an argument is impossible."""
-    parser = OneLineParser(
-        prog="resources.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(prog="resources.py", description=__doc__)
     parser.add_argument("--arch", type=int, nargs="+", choices=ARCHS, default=list(ARCHS), help="default: all")
     parser.add_argument("--kind", nargs="+", choices=KINDS, default=list(KINDS), help="default: all")
     parser.add_argument("--dry-run", action="store_true", help="do not write the table; needed for a selection")
-    parser.add_argument("--json", action="store_true", help="print the rows as JSON in place of a table")
+    parser.add_argument("--json", action="store_true", help="print the rows as JSON instead of a table")
     args = parser.parse_args(argv)
     if not args.dry_run and (len(args.arch), len(args.kind)) != (len(ARCHS), len(KINDS)):
         parser.error("a selection of chips or kinds is no whole table: add --dry-run")
@@ -147,9 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.json:
             print(json.dumps(rows))
         else:
-            console = Console()
-            console.width = 200
-            console.print(table_of(rows))
+            wide_console(200).print(table_of(rows))
         wrong = faults(rows)
         for fault in wrong:
             print(fault, file=sys.stderr)

@@ -1,12 +1,12 @@
-"""What training on ImageNet-1k would take on 8, 64 and 512 GPUs, computed: operations, bytes and collectives.
+"""Compute how long training on ImageNet-1k would take on 8, 64 and 512 GPUs: operations, bytes and collectives.
 
     python benchmarks/scaling.py                                   # the tables of docs/scaling.md
     python benchmarks/scaling.py --result benchmarks/results/FILE.json   # with measured speeds of one GPU
     python benchmarks/scaling.py --write                           # rewrites docs/scaling.md
 
-Data parallel training: every GPU computes forward and backward of its share of the batch, gradients are averaged by a
-ring all-reduce within and between nodes, which overlaps with backward. Nothing here is measured but what --result
-brings; the assumptions are arguments, and the page tells them.
+Data parallel training: every GPU computes forward and backward of its share of the batch; gradients are averaged by a
+ring all-reduce within and between nodes, which overlaps with backward. Nothing is measured, except for the speeds that
+--result gives. All assumptions are arguments, and the page lists them.
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ import timm
 import torch
 
 from t2t_fast.bench.common import (
-    OneLineParser,
-    UsageError,
     checkout,
     fraction,
     positive_int,
@@ -33,6 +31,7 @@ from t2t_fast.bench.common import (
 )
 from t2t_fast.bench.tables import Row, markdown, normalised
 from t2t_fast.macs import Macs, count_macs
+from t2t_fast.usage import OneLineParser, UsageError
 
 MODELS = ("t2t_vit_14", "t2t_vit_19", "t2t_vit_24")
 GPUS = (8, 64, 512)
@@ -62,17 +61,17 @@ MARKER = re.compile(r"(<!-- computed -->\n).*?(<!-- end -->)", re.DOTALL)
 
 @dataclass(frozen=True)
 class Machine:
-    """What is assumed of the hardware.
+    """The assumed hardware.
 
     Attributes:
-        flops: Operations per second of large 16-bit products on one GPU.
-        efficiency: The part of them that a training step reaches.
+        flops: Operations per second of large 16-bit matmuls on one GPU.
+        efficiency: The fraction of ``flops`` that a training step reaches.
         bandwidth: Bytes per second of a GPU's memory.
         node: GPUs in a node.
         link: Bytes per second that a GPU sends to its neighbour in the node.
-        network: Bytes per second that a node sends to another, for each of its GPUs.
+        network: Bytes per second that a node sends to another node, per GPU.
         latency: Seconds of one step of a ring.
-        overlap: The part of the all-reduce that backward hides, at most.
+        overlap: The largest fraction of the all-reduce that backward hides.
     """
 
     flops: float
@@ -87,7 +86,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Step:
-    """Seconds of a training step: arithmetic, memory traffic, all-reduce, and what backward does not hide of that."""
+    """Seconds of a training step: arithmetic, memory traffic, all-reduce, and its part that backward does not hide."""
 
     arithmetic: float
     memory: float
@@ -96,7 +95,7 @@ class Step:
 
     @property
     def compute(self) -> float:
-        """Arithmetic and traffic overlap: the longer of the two."""
+        """Arithmetic and traffic overlap, so the longer of the two."""
         return max(self.arithmetic, self.memory)
 
     @property
@@ -105,9 +104,9 @@ class Step:
 
 
 def all_reduce(size: float, gpus: int, machine: Machine) -> float:
-    """Seconds of a ring all-reduce of ``size`` bytes: 2 (n - 1) / n of them over the slowest link, 2 (n - 1) latencies.
+    """Seconds of a ring all-reduce of ``size`` bytes: 2 (n - 1) / n of the bytes over a link, and 2 (n - 1) latencies.
 
-    Across nodes it is hierarchical: rings within the nodes, then one ring between nodes on each GPU's share.
+    Across nodes it is hierarchical: rings within the nodes, then a ring between nodes for each GPU's share.
     """
     inside = min(gpus, machine.node)
     seconds = 2 * (inside - 1) / inside * size / machine.link + 2 * (inside - 1) * machine.latency
@@ -119,17 +118,17 @@ def all_reduce(size: float, gpus: int, machine: Machine) -> float:
 
 
 def traffic(activations: int) -> int:
-    """Bytes through a GPU's memory for one image, 16 bits each, where all but products is fused.
+    """Bytes through a GPU's memory for one image in 16 bits, if everything but matmuls is fused.
 
-    What a product writes is written and read in forward and read in backward, and its gradient written and read.
+    Each result of a matmul is written and read in forward and read in backward; its gradient is written and read.
     """
     return 2 * 5 * activations
 
 
 def step(cost: Macs, batch: int, gpus: int, machine: Machine, images_per_second: float | None) -> Step:
-    """Of ``batch`` images per GPU: backward has twice forward's products, gradients and AdamW's state are float32.
+    """A step of ``batch`` images per GPU. Backward has twice the matmuls; gradients and AdamW's state are float32.
 
-    A measured speed of one GPU takes the place of both arithmetic and traffic.
+    A measured speed of one GPU replaces both arithmetic and traffic.
     """
     speed = images_per_second or machine.flops * machine.efficiency / (3 * 2 * cost.macs)
     update = 4 * 7 * cost.params  # AdamW reads parameter, gradient and two moments, and writes all but the gradient
@@ -143,10 +142,10 @@ def step(cost: Macs, batch: int, gpus: int, machine: Machine, images_per_second:
 def measured(path: Path, batch: int) -> dict[str, Row]:
     """Rows of training on one GPU at 224 px from a file of throughput.py, by model.
 
-    Of several one with this batch, then one of ``auto``, then the fastest.
+    Of a model's rows the one with this batch size is preferred, then ``auto``, then the fastest.
 
     Raises:
-        UsageError: It has none.
+        UsageError: The file has no such row.
     """
     result = read_json("--result", path)
     if result.get("device") != "cuda":
@@ -175,7 +174,7 @@ def _speed(row: Row) -> float:
 
 
 def told(path: Path, rows: Mapping[str, Row]) -> str:
-    """Which figures are measured, and where."""
+    """A sentence on which figures are measured, and on which hardware."""
     hardware = read_json("--result", path).get("hardware")
     parts = (
         f"{name} {row['images_per_second']:.0f} ({row['variant']}, {row['precision']}, batches of {row['batch_size']})"
@@ -188,7 +187,7 @@ def told(path: Path, rows: Mapping[str, Row]) -> str:
 
 
 def tables(machine: Machine, batch: int, rates: Mapping[str, float]) -> str:
-    """Markdown: the work of each model, then each number of GPUs; ``rates`` are measured speeds of one, by model."""
+    """Two Markdown tables, of each model's work and of steps; ``rates`` are measured speeds of one GPU by model."""
     work: list[tuple[str, ...]] = []
     rows: list[tuple[str, ...]] = []
     for name in MODELS:
@@ -208,12 +207,17 @@ def tables(machine: Machine, batch: int, rates: Mapping[str, float]) -> str:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = OneLineParser(prog="scaling.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(prog="scaling.py", description=__doc__)
     add = parser.add_argument
     add("--batch-size", type=positive_int, default=128, metavar="N", help="images per GPU; default: 128")
     add("--result", type=Path, metavar="JSON", help="file of throughput.py --mode training on a GPU: measured speeds")
     add("--flops", type=positive_number, default=989e12, help="default: 989e12, an H100 SXM's dense bfloat16")
-    add("--efficiency", type=fraction, default=0.25, help="of those, in a training step; default: 0.25, a guess")
+    add(
+        "--efficiency",
+        type=fraction,
+        default=0.25,
+        help="fraction of --flops in a training step; default: 0.25, a guess",
+    )
     add("--bandwidth", type=positive_number, default=3.35e12, help="bytes/s; default: 3.35e12, an H100 SXM's memory")
     add("--node", type=positive_int, default=8, metavar="N", help="GPUs in a node; default: 8")
     add("--link", type=positive_number, default=450e9, help="bytes/s; default: 450e9, NVLink 4 in one direction")

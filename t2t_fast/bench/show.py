@@ -1,4 +1,4 @@
-"""What a comparison looks like on the terminal."""
+"""Show a throughput result on the terminal."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from t2t_fast.bench.tables import quantile
-from t2t_fast.bench.terminal import SIMPLE_HEAD, Console, Table
+from t2t_fast.bench.terminal import SIMPLE_HEAD, Table, wide_console
 
 WIDTH = 120  # of the table
 _SAME = ("mode", "precision", "batch_size", "img_size")
 
 
 def show(result: dict[str, Any]) -> None:
-    """Print the table, how to read it, and what failed."""
-    console = Console(highlight=False, markup=False)
-    console.width = max(console.width, WIDTH)  # a narrow terminal wraps lines; it must not cut figures off
+    """Print the table, an explanation of its columns, and the failures."""
+    console = wide_console(WIDTH)
     rows = result["rows"]
     varied = [name for name in _SAME if len({row[name] for row in rows}) > 1]
     latency = any(row["batch_size"] == 1 for row in rows)
@@ -34,11 +33,11 @@ def show(result: dict[str, Any]) -> None:
     console.print(_conditions(result, varied))
     console.print(
         "images/s: median of the rounds ± half the interquartile range. speed: relative to the model's reference, "
-        "or else to the first one; median of the rounds. MACs count the attention products."
+        "or else to the first one; median of the rounds. MACs include the matmuls of attention."
     )
     rates = ", ".join(f"{rate / 1e12:.2f} in {name}" for name, rate in result["operations_per_second"].items())
     console.print(
-        "of a product: the model's arithmetic per second over that of one large matrix product on this machine, "
+        "of a product: the model's arithmetic per second over that of one large matmul on this machine, "
         f"{rates} (10^12 operations per second)."
     )
     limits = sorted({row["tolerance"] for row in rows if row["tolerance"] is not None})

@@ -1,4 +1,4 @@
-"""Markdown tables from result files of every kind and age."""
+"""Markdown tables of result files, of every benchmark and of earlier formats."""
 
 from __future__ import annotations
 
@@ -19,15 +19,20 @@ def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def normalised(result: Result) -> list[Row]:
-    """The rows of a throughput file in today's format: older ones have a backend, and what all rows share once."""
+    """The rows of a throughput file in today's format; older ones have "backend", and values outside of rows."""
     shared = {"mode": "inference", "precision": result.get("dtype"), "status": "ok"}
     shared |= {name: result.get(name) for name in ("batch_size", "img_size")}
     return [{**shared, **row, "variant": row.get("variant", row.get("backend"))} for row in result["rows"]]
 
 
 def rate(value: float) -> str:
-    """Images per second with three digits."""
+    """Images per second to three digits."""
     return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}"
+
+
+def pixels(size: Iterable[int]) -> str:
+    """Height and width as ``224x320``; the side of a square once."""
+    return "x".join(map(str, dict.fromkeys(size)))
 
 
 def megabytes(value: float) -> str:
@@ -35,7 +40,7 @@ def megabytes(value: float) -> str:
 
 
 def throughput(result: Result) -> str:
-    """One table for each mode, precision, batch and image size."""
+    """A table for each mode, precision, batch and image size."""
     kinds: dict[tuple[Any, ...], list[Row]] = {}
     for row in normalised(result):
         kinds.setdefault((row["mode"], row["precision"], row["batch_size"], row["img_size"]), []).append(row)
@@ -63,7 +68,7 @@ def throughput(result: Result) -> str:
 
 
 def quantile(values: Sequence[float], percent: int) -> float:
-    """The value that ``percent`` of ``values`` do not exceed."""
+    """The smallest of ``values`` that at least ``percent`` % of them do not exceed."""
     return sorted(values)[max(0, math.ceil(len(values) * percent / 100) - 1)]
 
 
@@ -103,10 +108,7 @@ def macs(result: Result) -> str:
         value = row[f"published_{name}"]
         return "" if value is None else f"{value:.1f}"
 
-    def pixels(row: Row) -> str:
-        return "x".join(map(str, dict.fromkeys(row["image_size"])))  # a square's side once
-
-    body, sizes = [], list(dict.fromkeys(map(pixels, result["rows"])))
+    body, sizes = [], list(dict.fromkeys(pixels(row["image_size"]) for row in result["rows"]))
     for row in result["rows"]:
         deviation = row["macs_deviation_percent"]
         told = (
@@ -115,7 +117,7 @@ def macs(result: Result) -> str:
             else f"{deviation:+.1f}%" + (" (rounds to it)" if row["rounds_to_published"] else "")
         )
         cells = [f"{row['params'] / 1e6:.1f}", paper(row, "params_m"), f"{row['macs'] / 1e9:.2f}", paper(row, "macs_g")]
-        name = row["name"] if len(sizes) == 1 else f"{row['name']}, {pixels(row)} px"
+        name = row["name"] if len(sizes) == 1 else f"{row['name']}, {pixels(row['image_size'])} px"
         body.append([name, *cells, told, f"{row['activations'] / 1e6:.1f}"])
     headings = ["model", "params (M)", "paper", "MACs (G)", "paper", "deviation", "activations (M)"]
     return f"Work per image of {' and '.join(sizes)} px:\n\n{markdown(headings, body)}"

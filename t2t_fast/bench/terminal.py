@@ -1,4 +1,4 @@
-"""Tables and progress on the terminal: rich's, or plain text where a machine with a GPU has no rich and no network."""
+"""Tables and progress on the terminal: rich, or the plain text below where rich is not installed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,17 @@ import importlib.util
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["SIMPLE_HEAD", "BarColumn", "Console", "Progress", "Table", "TextColumn", "TimeRemainingColumn", "track"]
+__all__ = [
+    "SIMPLE_HEAD",
+    "BarColumn",
+    "Console",
+    "Progress",
+    "Table",
+    "TextColumn",
+    "TimeRemainingColumn",
+    "track",
+    "wide_console",
+]
 
 if TYPE_CHECKING or importlib.util.find_spec("rich") is not None:
     from rich.box import SIMPLE_HEAD
@@ -36,7 +46,7 @@ else:
             )
 
     class Console:
-        """Prints what it is given."""
+        """Prints text."""
 
         is_terminal, width = False, 80
 
@@ -73,3 +83,10 @@ else:
 
     def track(items: Iterable[Any], *args: Any, **options: Any) -> Iterable[Any]:
         return items
+
+
+def wide_console(width: int) -> Console:
+    """Standard output, at least ``width`` columns wide: a narrow terminal then wraps lines, and cuts no figures off."""
+    console = Console(highlight=False, markup=False)
+    console.width = max(console.width, width)
+    return console

@@ -1,4 +1,4 @@
-"""Images per second of T2T-ViT in each variant, beside timm's models, on the same images. See benchmarks/README.md."""
+"""Measure images per second of T2T-ViT in each variant, beside timm's models. See benchmarks/README.md."""
 
 from __future__ import annotations
 
@@ -19,8 +19,6 @@ from t2t_fast import use_backend
 from t2t_fast.bench import measuring, models, rates
 from t2t_fast.bench.common import (
     OUTPUT_HELP,
-    OneLineParser,
-    UsageError,
     command_line,
     new_result,
     positive_int,
@@ -34,18 +32,18 @@ from t2t_fast.bench.loader import Loader
 from t2t_fast.bench.plots import plot_macs
 from t2t_fast.bench.show import show
 from t2t_fast.bench.terminal import BarColumn, Console, Progress, TextColumn, TimeRemainingColumn
-from t2t_fast.bench.variants import Row, product_dtype
+from t2t_fast.bench.variants import PRECISIONS, Row, product_dtype
 from t2t_fast.config import BACKENDS
 from t2t_fast.env import collect_env
+from t2t_fast.usage import OneLineParser, UsageError
 
 MODELS = ("t2t_vit_14", "deit_small_patch16_224", "vit_small_patch16_224", "resnet50")
 VARIANTS = (*BACKENDS, "frozen", "compiled", "compiled-reference", "compiled-frozen", "cuda-graph", "onnx", "aoti")
 DEFAULT_VARIANTS = {"inference": ("reference", "auto", "frozen"), "training": ("reference", "auto")}
-PRECISIONS = ("auto", "float32", "tf32", "bfloat16", "float16", "autocast-bfloat16", "autocast-float16")
 BATCH_SIZES = {"cpu": 16, "cuda": 128}
 LATENCY_REPEATS = 100
 MAX_IMG_SIZE = 4096
-MAX_BEST = 1024  # images, where the best batch is searched
+MAX_BEST = 1024  # the largest batch in the search for the best one
 SEED = 0
 Keep = Callable[[Path, dict[str, Any]], None]
 
@@ -70,11 +68,9 @@ def batch_size(text: str) -> int | str:
 
 
 def parse_arguments(argv: Sequence[str], prog: str = "throughput.py") -> argparse.Namespace:
-    """The command line of ``prog``, the script or a command."""
+    """Parse the arguments of ``prog``, the script or the command."""
     examples = EXAMPLES.format(run=f"python benchmarks/{prog}" if prog.endswith(".py") else prog)
-    parser = OneLineParser(
-        prog=prog, description=__doc__, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(prog=prog, description=__doc__, epilog=examples)
     add = parser.add_argument
     add("--models", nargs="+", default=list(MODELS), metavar="NAME", help=f"or paper, zoo; default: {' '.join(MODELS)}")
     add(
@@ -92,9 +88,9 @@ def parse_arguments(argv: Sequence[str], prog: str = "throughput.py") -> argpars
         "--dtype",
         nargs="+",
         default=["auto"],
-        choices=PRECISIONS,
+        choices=("auto", *PRECISIONS),
         metavar="NAME",
-        help=f"{', '.join(PRECISIONS)}; auto: bfloat16 on CUDA (float16 where that is missing), float32 elsewhere",
+        help=f"{', '.join(PRECISIONS)}; default: auto, bfloat16 (else float16) on CUDA, float32 elsewhere",
     )
     add(
         "--batch-size",
@@ -117,11 +113,11 @@ def parse_arguments(argv: Sequence[str], prog: str = "throughput.py") -> argpars
     )
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--images", type=Path, metavar="FOLDER", help="crop the images, or shards, in this folder")
-    source.add_argument("--synthetic", action="store_true", help="noise in place of photographs")
-    add("--with-loader", action="store_true", help="reading, decoding and cropping --images is part of the time")
+    source.add_argument("--synthetic", action="store_true", help="noise instead of photographs")
+    add("--with-loader", action="store_true", help="include reading, decoding and cropping --images in the time")
     add("--output", type=Path, metavar="JSON", help=OUTPUT_HELP)
-    add("--resume", type=Path, metavar="JSON", help="measure what is missing in this file, with its own arguments")
-    add("--no-plot", action="store_true", help="no picture beside the result file")
+    add("--resume", type=Path, metavar="JSON", help="measure the rows that this file lacks, with its arguments")
+    add("--no-plot", action="store_true", help="no plot beside the result file")
     options = parser.parse_args(argv)
     if options.resume and len(argv) > (1 if argv[0].startswith("--resume=") else 2):
         parser.error("--resume: goes on with the arguments in the file; leave all others out")
@@ -165,7 +161,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "throughput.py") -> int:
 
 
 def measure(options: argparse.Namespace, argv: list[str], keep: Keep) -> dict[str, Any]:
-    """Measure all rows; ``keep`` is called with the result whenever more of it is known.
+    """Measure all rows; ``keep`` is called with the result so far, again and again.
 
     Raises:
         UsageError: An argument is impossible here.
@@ -176,7 +172,7 @@ def measure(options: argparse.Namespace, argv: list[str], keep: Keep) -> dict[st
         argv = shlex.split(before["command"])[2:]
         resumed, options = options, parse_arguments(argv)
         options.output, options.resume = resumed.resume, resumed.resume
-    with _progress() as progress, use_backend("auto"):  # whatever T2T_FAST_BACKEND says
+    with _progress() as progress, use_backend("auto"):  # T2T_FAST_BACKEND is ignored
         task = progress.add_task("starting", total=None)
 
         def report(what: str, done: int, planned: int) -> None:
@@ -186,7 +182,7 @@ def measure(options: argparse.Namespace, argv: list[str], keep: Keep) -> dict[st
 
 
 class _Kind(NamedTuple):
-    """What rows of one comparison share; the batch may be "max" or "best"."""
+    """The conditions that rows of a comparison share; ``size`` is a batch size, "max" or "best"."""
 
     mode: str
     precision: str
@@ -194,7 +190,7 @@ class _Kind(NamedTuple):
     size: int | str
 
     def asked(self, row: Row) -> tuple[Any, ...]:
-        """What tells the row from all others in the file, by the arguments."""
+        """Identifies the row in the file, with the batch size as given by the arguments."""
         return (*row.key[:4], str(self.size), self.img_size)
 
 
@@ -203,13 +199,13 @@ class _Run:
 
     Args:
         options: The arguments.
-        argv: The same, as they were given.
-        before: An interrupted run's result, whose rows are kept.
-        keep: Called with the result whenever more of it is known.
-        report: Called with what is being done, how much of it is, and how much is planned.
+        argv: The command line that they were parsed from.
+        before: The result of an interrupted run, whose rows are kept.
+        keep: Called with the result so far, again and again.
+        report: Called with the current activity, the steps done and the steps planned.
 
     Attributes:
-        result: What is known so far.
+        result: The result so far.
 
     Raises:
         UsageError: An argument is impossible here.
@@ -264,7 +260,7 @@ class _Run:
         self.done = {tuple(row["asked"]) for row in self.result["rows"]}
 
     def measure(self) -> dict[str, Any]:
-        """Measure what is missing, and return the result."""
+        """Measure all rows that ``before`` lacks, and return the result."""
         for number, kind in enumerate(self.kinds):
             self._measure_kind(number, kind)
         self.result["complete"] = True
@@ -280,12 +276,12 @@ class _Run:
         rows = make_rows(self.models, options, kind.mode, kind.precision, kind.img_size)
         rows = [row for row in rows if kind.asked(row) not in self.done]
         torch.set_float32_matmul_precision("high" if kind.precision == "tf32" else "highest")
-        torch.backends.cudnn.allow_tf32 = kind.precision == "tf32"  # convolutions have a switch of their own
+        torch.backends.cudnn.allow_tf32 = kind.precision == "tf32"  # the switch of convolutions
         self._measure_product(kind.precision)
         for row in rows:
             self._set_batch(row, number, kind, oracle)
         seconds_of = _clock(oracle, Loader(options.images, kind.img_size, self.device) if options.with_loader else None)
-        # Two of the largest batches do not fit at once.
+        # Two batches of maximal size do not fit at once.
         groups = [[row] for row in rows] if kind.size == "max" else [rows]
         repeats = options.repeats or (LATENCY_REPEATS if options.latency else None)
         budget = options.time_budget / len(self.kinds) / max(1, len(groups))
@@ -301,7 +297,7 @@ class _Run:
         self._measure_product(kind.precision)
 
     def _set_batch(self, row: Row, number: int, kind: _Kind, oracle: measuring.Oracle) -> None:
-        """The row's batch size, searched for where none is given."""
+        """Set the row's batch size; search for it if the argument is max or best."""
         if isinstance(kind.size, int):
             row.batch_size = kind.size
             return
@@ -313,14 +309,14 @@ class _Run:
             row.status = "out of memory"
 
     def _measure_product(self, precision: str) -> None:
-        """At best: before the rows and after them, for a machine that others slow down at times."""
-        self.report("a large matrix product", 0, 1)
+        """Keep the best rate of a matmul before and after the rows, as others may slow the machine down at times."""
+        self.report("a large matmul", 0, 1)
         found = rates.operations_per_second(product_dtype(precision), self.device)
         best = self.result["operations_per_second"]
         best[precision] = max(found, best.get(precision, 0.0))
 
     def _save(self, rows: Sequence[Row] = (), kind: _Kind | None = None) -> None:
-        """Keep what is known, and of ``rows`` of that kind, which are being timed, what they have so far."""
+        """Call ``keep`` with the result so far, including ``rows`` of that kind that are being timed."""
         timed = [measuring.figures(row) | {"asked": kind.asked(row)} for row in rows if kind is not None]
         now = [*self.result["rows"], *timed]
         measuring.relate(now, self.result["operations_per_second"])
@@ -330,7 +326,7 @@ class _Run:
 
 
 def _clock(oracle: measuring.Oracle, loader: Loader | None) -> Callable[[Row], float]:
-    """From a row to the seconds of one step: on images that lie ready, or on those that the loader makes."""
+    """A function that returns the seconds of one step of a row, on ready images or on those of the loader."""
 
     def seconds_of(row: Row) -> float:
         if loader is not None:
@@ -355,7 +351,7 @@ def make_rows(names: Sequence[str], options: argparse.Namespace, mode: str, prec
 
 
 def _check_whole(path: Path, before: dict[str, Any]) -> None:
-    """Raise UsageError unless the file is one of this script's."""
+    """Raise UsageError unless the file was written by this script."""
     needed = ("command", "date", "total_seconds", "environment", "hardware")
     if before.get("benchmark") != "throughput" or not all(name in before for name in needed):
         raise UsageError(f"--resume: {str(path)!r} is no file of throughput.py; pass one that it has written")

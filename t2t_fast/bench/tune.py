@@ -1,15 +1,15 @@
-"""Try other block sizes, warps and stages for the Triton kernels, and print what to put into kernels/configs.py.
+"""Try other block sizes, warps and stages for the Triton kernels, and print lines for kernels/configs.py.
 
     python benchmarks/tune.py --output benchmarks/results                         # all tables, bfloat16
     python benchmarks/tune.py --tables SOFT_SPLIT_LINEAR_FORWARD --kinds tf32 --time-budget 60
 
 For every table the candidates are the shipped configuration and its neighbours (a block doubled or halved, other warps,
-other stages). Processes in parallel, one for each, compile them and compare results and gradients with `aten`; the
-right ones are then timed one by one in the ops that use the table, at full size. A candidate that crashes, hangs or
-does not fit is out, and the others go on. What counts is the geometric mean over those uses, relative to the shipped
-configuration. The fastest are timed again, in turn with the shipped one, and one must be 2% better both times to be
-proposed; else the line to put into the table says that the shipped one was tuned here. Tables that were tuned on this
-chip are left out. Needs a GPU; `--tiny` tries the machinery in Triton's interpreter, where times mean nothing.
+other stages). Each candidate is compiled and compared with `aten`, results and gradients, in a process of its own. The
+correct ones are timed one by one in the ops that use the table, at full size. A candidate that crashes, hangs or does
+not fit is dropped. The score is the geometric mean over the ops of the time relative to the shipped configuration. The
+best are timed again, alternating with the shipped one; a candidate that is 2% faster both times is proposed, else the
+shipped one is marked as tuned on this chip. Tables tuned on this chip already are skipped. Needs a GPU; `--tiny` tries
+the procedure in Triton's interpreter, where times mean nothing.
 """
 
 from __future__ import annotations
@@ -35,8 +35,6 @@ import torch
 
 from t2t_fast.bench.common import (
     OUTPUT_HELP,
-    OneLineParser,
-    UsageError,
     command_line,
     new_result,
     positive_int,
@@ -46,8 +44,9 @@ from t2t_fast.bench.common import (
 )
 from t2t_fast.bench.rates import median_seconds
 from t2t_fast.env import collect_env
+from t2t_fast.usage import OneLineParser, UsageError
 
-# Table to the uses whose time it decides, and whether forward or training.
+# Table to the ops that use it, and whether forward or training is timed.
 USES = {
     "SOFT_SPLIT_LINEAR_FORWARD": (("soft_split_linear",), "forward"),
     "SOFT_SPLIT_PERFORMER": (("soft_split_performer",), "forward"),
@@ -66,7 +65,7 @@ SECONDS = 120  # for a candidate in a process of its own
 
 
 def neighbours(config: Any) -> list[Any]:
-    """``config`` and what lies one step from it."""
+    """``config``, and every configuration that differs from it by one step."""
     found = [config]
     for name, size in config.blocks.items():
         for other in (size // 2, 2 * size):
@@ -83,7 +82,7 @@ def neighbours(config: Any) -> list[Any]:
 
 @contextlib.contextmanager
 def table_replaced(table: str, config: Any) -> Iterator[None]:
-    """Within, the kernels of ``table`` take ``config`` for everything."""
+    """A context in which the kernels of ``table`` always take ``config``."""
     from t2t_fast.kernels import configs
 
     kinds = ("half", "tf32", "float32", "float64")
@@ -98,7 +97,7 @@ def cases_of(table: str) -> list[Any]:
 
 
 def check(table: str, config: Any, kind: str, device_name: str, batch: int) -> str | None:
-    """Compile and compare with ``aten``; None if right, or what is wrong."""
+    """Compile, and compare with ``aten``; None if correct, else the fault."""
     from t2t_fast.bench.cases import TOLERANCES, runners, step, tensors_of
 
     device, dtype = torch.device(device_name), getattr(torch, KINDS[kind])
@@ -120,13 +119,13 @@ def check(table: str, config: Any, kind: str, device_name: str, batch: int) -> s
 
 
 def apart(function: Callable[..., Any], *arguments: Any, seconds: float = SECONDS) -> Any:
-    """What the function returns in a process of its own, or, as text, why it returned nothing."""
+    """Run the function in a process of its own; its result, or a text that says why there is none."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["t2t_fast.bench.tune"])  # torch is imported once, and never the GPU touched
+    context.set_forkserver_preload(["t2t_fast.bench.tune"])  # it imports torch once and does not use the GPU
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(sender, function, arguments), daemon=True)
     process.start()
-    sender.close()  # the process has its own, whose end is the end of the pipe
+    sender.close()  # so that the pipe ends with the process
     try:
         return receiver.recv() if receiver.poll(seconds) else f"no answer within {seconds:g} s"
     except EOFError:
@@ -141,7 +140,7 @@ def apart(function: Callable[..., Any], *arguments: Any, seconds: float = SECOND
 def _answer(sender: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     try:
         answer = function(*arguments)
-    except Exception as error:  # whatever the compiler, the driver or the kernel says: the candidate is out
+    except Exception as error:  # compilers, drivers and kernels raise anything; the candidate is dropped
         answer = reason(error)
     sender.send(answer)
 
@@ -183,7 +182,7 @@ def times_of(table: str, config: Any, kind: str, device_name: str, batch: int) -
 
 
 def _usable(device_name: str) -> bool:
-    """Whether this process can still use the device: after some errors it never can."""
+    """Whether this process can still use the device; after some errors it cannot."""
     try:
         if device_name == "cuda":
             torch.cuda.synchronize()
@@ -202,7 +201,7 @@ def snippet(table: str, arch: int, kind: str, config: Any, chip: str) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Tune and return the exit status: 0, or 2 if an argument is impossible."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = OneLineParser(prog="tune.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(prog="tune.py", description=__doc__)
     add = parser.add_argument
     add("--tables", nargs="+", default=list(USES), choices=USES, metavar="TABLE", help="default: all")
     add("--kinds", nargs="+", default=["half"], choices=KINDS, help="of arithmetic; default: half, as bfloat16")
@@ -270,7 +269,7 @@ def _tune_all(options: argparse.Namespace, argv: list[str]) -> tuple[Path, dict[
 def _try_all(
     candidates: list[Any], where: tuple[str, str, str], small: int, full: int
 ) -> tuple[dict[int, str], dict[int, list[float]]]:
-    """Check all, then time those that are right: what is wrong with the others, and the seconds of these, by index."""
+    """Check all candidates and time the correct ones: faults and seconds, each by index."""
     table, kind, device_name = where
     with ThreadPoolExecutor(min(12, os.cpu_count() or 1)) as pool:  # a thread waits for a process
         found = list(pool.map(lambda config: apart(check, table, config, kind, device_name, small), candidates))
@@ -292,10 +291,10 @@ def confirm(
     times: dict[int, list[float]],
     batch: int,
 ) -> tuple[int, float]:
-    """Index of the winner and its time over the shipped one's: 0 and 1 if no candidate wins again.
+    """Index of the winner and its time over the shipped one's; 0 and 1 if no candidate is faster again.
 
-    Chance flatters the fastest of many, so the best three are timed three times more, in turn with the shipped one.
-    What fails meanwhile moves from ``times`` to ``failed``.
+    The fastest of many is partly luck, so the best three are timed three more times, alternating with the shipped one.
+    A candidate that fails meanwhile moves from ``times`` to ``failed``.
     """
     scores = scores_of(times)
     for index in sorted(scores, key=lambda index: scores[index])[:3]:
@@ -320,12 +319,12 @@ def confirm(
 
 
 def scores_of(times: dict[int, list[float]]) -> dict[int, float]:
-    """Times over those of the shipped configuration, the first; empty without it."""
+    """Scores by index: times over those of the shipped configuration, which is the first; empty if that has none."""
     return {i: geometric_mean(seconds, times[0]) for i, seconds in times.items()} if 0 in times else {}
 
 
 def geometric_mean(seconds: list[float], others: list[float]) -> float:
-    """Of the ratios of two lists of times."""
+    """Geometric mean of the ratios of two lists of times."""
     return math.exp(statistics.fmean(math.log(a / b) for a, b in zip(seconds, others, strict=True)))
 
 
@@ -338,7 +337,7 @@ def _row(
     winner: int,
     ratio: float,
 ) -> dict[str, Any]:
-    """Without a time of the shipped configuration, the first, there is no best."""
+    """A row of the result file; if the shipped configuration has no time, there is no best."""
     scores = scores_of(times)
     return {
         "table": table,

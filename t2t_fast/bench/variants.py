@@ -1,4 +1,4 @@
-"""Rows of a comparison: one model, computed in one way, for inference or training, as a step that can be timed."""
+"""Rows of a comparison: a model in a variant (backend, frozen, compiled, ...), and the step to time."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ PRECISIONS = {
 
 
 def product_dtype(precision: str) -> torch.dtype:
-    """The dtype in which matrix products run."""
+    """The dtype in which matmuls run."""
     dtype, autocast = PRECISIONS[precision]
     return autocast or dtype
 
 
 class CannotRun(Exception):
-    """A row that cannot be measured here; the message says why."""
+    """A row cannot be measured here; the message says why."""
 
 
 @dataclass
 class Row:
-    """One model in one variant; ``variant`` is None for a model that is not ours, as timm has it."""
+    """A model in a variant, which is None for a timm model run as it is; with its conditions and results."""
 
     model: str
     variant: str | None
@@ -68,7 +68,7 @@ class Row:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What tells the row from all others."""
+        """Identifies the row."""
         return self.model, self.variant, self.mode, self.precision, self.batch_size, self.img_size
 
     @property
@@ -80,7 +80,7 @@ class Row:
         return product_dtype(self.precision)
 
     def drop(self) -> None:
-        """Let go of the model and its images."""
+        """Free the model and its images."""
         self.module = self.step = self.images = None
 
 
@@ -88,7 +88,7 @@ def build(row: Row, weights: dict[str, Tensor] | None, device: torch.device, see
     """Make the row's module and its step, a function of a batch of images.
 
     Raises:
-        CannotRun: The variant is not for this mode or this machine.
+        CannotRun: The variant does not support this mode or this machine.
     """
     variant = row.variant or "auto"
     if row.mode == "training" and variant in (*FROZEN, *EXPORTED):
@@ -110,8 +110,8 @@ def build(row: Row, weights: dict[str, Tensor] | None, device: torch.device, see
     if variant in FROZEN:
         module = t2t_fast.freeze(model)
     if variant.startswith("compiled"):
-        # The timed graph must be the checked one, for this batch, and never, unnoticed, the model as it is.
-        torch._dynamo.config.recompile_limit = 1000  # all models share their code's cache
+        # Time the graph that was checked, for this batch size, and never fall back to the eager model.
+        torch._dynamo.config.recompile_limit = 1000  # per code object, which all models share
         torch._dynamo.config.fail_on_recompile_limit_hit = True
         module = torch.compile(module, dynamic=False)
     if variant == "cuda-graph":
@@ -124,7 +124,7 @@ def build(row: Row, weights: dict[str, Tensor] | None, device: torch.device, see
 
 
 def _export(row: Row, model: nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """The model as a program of another runtime, written, checked and loaded again."""
+    """The model exported to another runtime, checked and loaded."""
     if PRECISIONS[row.precision][1]:
         raise CannotRun("an exported program has the precision of its weights, not autocast's")
     if row.variant == "onnx" and (device.type != "cpu" or row.precision == "bfloat16"):
@@ -139,7 +139,7 @@ def _export(row: Row, model: nn.Module, device: torch.device) -> Callable[[Tenso
 
 
 def precision_of(row: Row, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """The context in which the row's precision holds."""
+    """A context with the row's autocast."""
     autocast = PRECISIONS[row.precision][1]
     return torch.autocast(device.type, autocast) if autocast else contextlib.nullcontext()
 
@@ -154,7 +154,7 @@ def _forward(row: Row, model: Callable[[Tensor], Tensor], device: torch.device) 
 
 
 def _training_step(row: Row, model: nn.Module, device: torch.device) -> Callable[[Tensor], None]:
-    """Forward, backward and AdamW's update, for random labels; dropout as the model has it by default."""
+    """Forward, backward and AdamW's update, for random labels, with the model's default dropout."""
     labels = torch.randint(1000, (row.batch_size,), device=device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=device.type == "cuda")
     scaler = torch.amp.GradScaler(device.type, enabled=row.precision == "autocast-float16" and device.type == "cuda")

@@ -1,4 +1,4 @@
-"""``python -m t2t_fast bench``: images per second, measured here."""
+"""``python -m t2t_fast bench``: measure images per second on this machine."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import argparse
 from typing import Any
 
 from ..bench import throughput
-from .common import PROG
+from .streams import PROG
 
 
 def add_parser(subparsers: Any) -> None:
-    """Add the ``bench`` command to what ``argparse.ArgumentParser.add_subparsers`` returned."""
-    # No argument begins with NUL: all that follows the command, --help too, is left to the benchmark's own parser.
+    """Add the ``bench`` command to ``subparsers``, the result of ``ArgumentParser.add_subparsers``."""
+    # No argument begins with NUL, so all of them, also --help, go to the benchmark's own parser.
     parser = subparsers.add_parser(
         "bench", help="measure images per second, beside timm's models", add_help=False, prefix_chars="\0"
     )

@@ -1,47 +1,38 @@
-"""What the commands share."""
+"""Shared by the commands: argument types, tables, JSON, checks of files to write."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import textwrap
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from ..checks import UsageError
-from ..files import check_target, open_descriptor, write_text
-from .streams import PROG, one_line, write_output
+from ..files import check_target, json_text, open_descriptor, write_text
+from ..usage import UsageError
+from .streams import write_output
 
-MAX_PIXELS = 8192  # a side; the tokens of such a square and their position table take gigabytes
+MAX_PIXELS = 8192  # per side: the tokens of such a square image and its position table take gigabytes
 MAX_COUNT = 2**31 - 1
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, without the usage in front."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{PROG}: error: {one_line(message)} (see {self.prog} --help)\n")
-
-
 def add_command(subparsers: Any, name: str, description: str, examples: str) -> argparse.ArgumentParser:
-    """Add a command to what ``argparse.ArgumentParser.add_subparsers`` returned; ``examples`` end its ``--help``."""
+    """Add a command to ``subparsers``, the result of ``ArgumentParser.add_subparsers``; ``examples`` end its help."""
     parser: argparse.ArgumentParser = subparsers.add_parser(
         name,
         help=description.partition(".")[0],
         description=textwrap.fill(description, 80),
         epilog="examples:\n" + textwrap.indent(textwrap.dedent(examples).strip("\n"), "  "),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     return parser
 
 
 def file_name(text: str) -> str:
-    """The name of a file, as an argparse type: what an unset variable of the shell leaves is none."""
+    """A file name, as an argparse type. An empty one, as from an unset shell variable, is refused."""
     if not text:
         raise argparse.ArgumentTypeError("'' is not a file name")
     return text
@@ -67,7 +58,7 @@ def _positive(text: str, meaning: str, largest: int) -> int:
 
 
 def image_size(values: list[int] | None) -> tuple[int, int] | None:
-    """The (height, width) that ``--img-size H [W]`` means.
+    """The (height, width) given by ``--img-size H [W]``.
 
     Raises:
         UsageError: More than two values.
@@ -85,7 +76,7 @@ def error_console() -> Console:
 
 
 def write_table(table: Table) -> None:
-    """Write to standard output. Where it is no terminal, lines are as long as they need to be: nothing is cut."""
+    """Write to standard output. Unless that is a terminal, lines are as long as necessary and nothing is cut."""
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 10_000)
     with console.capture() as capture:
         console.print(table)
@@ -97,9 +88,9 @@ def means_standard_output(target: str) -> bool:
     return target == "-" or open_descriptor(target) == 1
 
 
-def write_json(data: Any, target: str = "-") -> None:
-    """Write ``data`` to the file ``target``, whole or not at all, or to standard output for ``-``."""
-    text = json.dumps(data, indent=2, allow_nan=False) + "\n"
+def output_json(data: Any, target: str = "-") -> None:
+    """Write ``data`` as JSON: to standard output for ``-``, else to the file ``target``, completely or not at all."""
+    text = json_text(data)
     if means_standard_output(target):
         write_output(text)
     else:
@@ -107,10 +98,11 @@ def write_json(data: Any, target: str = "-") -> None:
 
 
 def check_new(target: str, force: bool) -> None:
-    """Refuse to overwrite the file ``target`` without ``--force``, and what cannot be written to.
+    """Check that ``target`` can be written to, and is not an existing file unless ``--force`` is given.
 
     Raises:
-        UsageError, OSError: As said.
+        UsageError: It is an existing file.
+        OSError: It cannot be written to.
     """
     check_target(target)
     if Path(target).is_file() and not force:
@@ -118,5 +110,5 @@ def check_new(target: str, force: bool) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` says that memory has run out, of the system or of a device."""
+    """Whether ``error`` reports that the system or a device is out of memory."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)

@@ -1,4 +1,4 @@
-"""``python -m t2t_fast convert``: a checkpoint of any layout and container to another."""
+"""``python -m t2t_fast convert``: translate a checkpoint to another layout or file format."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from ..models.checkpoints import (
     save_checkpoint,
 )
 from ..models.layouts import LAYOUTS
-from .common import UsageError, add_command, check_new, file_name
-from .streams import printable, write_output
+from ..usage import UsageError, printable
+from .common import add_command, check_new, file_name
+from .streams import write_output
 
 
 def add_parser(subparsers: Any) -> None:
-    """Add the ``convert`` command to what ``argparse.ArgumentParser.add_subparsers`` returned."""
+    """Add the ``convert`` command to ``subparsers``, the result of ``ArgumentParser.add_subparsers``."""
     parser = add_command(
         subparsers,
         "convert",
@@ -33,10 +34,10 @@ def add_parser(subparsers: Any) -> None:
         t2t-fast convert training/last.pth.tar plain.pth --no-ema --force
         """,
     )
-    parser.add_argument("source", type=file_name, metavar="SRC", help="a file of any layout, with a suffix as of DST")
+    parser.add_argument("source", type=file_name, metavar="SRC", help="a file of any layout; the suffixes of DST")
     parser.add_argument("target", type=file_name, metavar="DST", help=".pth, .pth.tar, .pt, .safetensors or .npz")
     parser.add_argument("--to", choices=LAYOUTS, default="official", help="layout of DST (default: %(default)s)")
-    parser.add_argument("--no-ema", action="store_true", help="take the plain weights where SRC has averaged ones too")
+    parser.add_argument("--no-ema", action="store_true", help="take the trained weights even if SRC has averaged ones")
     parser.add_argument("--force", action="store_true", help="overwrite DST")
     parser.set_defaults(run=run)
 
@@ -54,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         save_checkpoint(checkpoint.state_dict, target, args.to, checkpoint.grid_size)
         size = f", {Path(target).stat().st_size / 1e6:.1f} MB" if Path(target).is_file() else ""
         lines.append(f"wrote  {target}: {args.to} layout{size}")
-    except CheckpointError as error:  # of the weights: the name of the target has been checked
+    except CheckpointError as error:  # about the weights: the target has been checked already
         raise UsageError(f"{source}: {error}") from error
     finally:
         write_output("".join(f"{printable(line)}\n" for line in lines))

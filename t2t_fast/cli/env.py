@@ -1,4 +1,4 @@
-"""``python -m t2t_fast env``: what runs here."""
+"""``python -m t2t_fast env``: describe this environment."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import argparse
 from typing import Any
 
 from ..env import collect_env, format_env
-from .common import add_command, write_json
+from .common import add_command, output_json
 from .streams import write_output
 
 
 def add_parser(subparsers: Any) -> None:
-    """Add the ``env`` command to what ``argparse.ArgumentParser.add_subparsers`` returned."""
+    """Add the ``env`` command to ``subparsers``, the result of ``ArgumentParser.add_subparsers``."""
     parser = add_command(
         subparsers,
         "env",
@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
     environment = collect_env()
     if args.json:
-        write_json(environment)
+        output_json(environment)
     else:
         write_output(format_env(environment) + "\n")
     return 0

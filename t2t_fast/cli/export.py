@@ -1,28 +1,25 @@
-"""``python -m t2t_fast export``: a model as ONNX or as an archive of torch's."""
+"""``python -m t2t_fast export``: write a model as ONNX or as one of torch's archives."""
 
 from __future__ import annotations
 
 import argparse
 from typing import Any
 
-import torch
-
 from ..deploy.export import FORMATS, ExportError, check_request, export
 from ..deploy.freeze import freeze
-from .common import UsageError, add_command, check_new, count, file_name, is_out_of_memory, pixels
-from .predict import DEFAULT_MODEL, load_model
-from .streams import printable, write_output
-
-DTYPES = ("float32", "float16", "bfloat16")
+from ..usage import UsageError, printable
+from .common import add_command, check_new, count, file_name, is_out_of_memory
+from .predict import DTYPES, add_model_arguments, load_model
+from .streams import write_output
 
 
 def add_parser(subparsers: Any) -> None:
-    """Add the ``export`` command to what ``argparse.ArgumentParser.add_subparsers`` returned."""
+    """Add the ``export`` command to ``subparsers``, the result of ``ArgumentParser.add_subparsers``."""
     parser = add_command(
         subparsers,
         "export",
-        "write a model for other runtimes, for batches of any size. Norms are folded into the weights, and the logits "
-        "of the written file are compared with the model's before it takes its name.",
+        "write a model for other runtimes, for batches of any size. Norms are folded into the weights. The program's "
+        "logits are compared with the model's before the file gets its name.",
         """
         t2t-fast export t2t_vit_14.onnx --checkpoint 81.5_T2T_ViT_14.pth.tar
         t2t-fast export t2t_vit_14.pt2 --checkpoint 81.5_T2T_ViT_14.pth.tar --img-size 384
@@ -31,11 +28,8 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("target", type=file_name, metavar="DST", help=".onnx or .pt2")
     parser.add_argument("--format", choices=FORMATS, help="default: onnx for .onnx, torch for .pt2")
-    parser.add_argument("--model", metavar="NAME", help=f"default: read off the checkpoint, else {DEFAULT_MODEL}")
-    parser.add_argument("--checkpoint", type=file_name, metavar="FILE", help="weights, as t2t-fast convert reads them")
-    parser.add_argument("--pretrained", action="store_true", help="download the released weights")
+    add_model_arguments(parser)
     parser.add_argument("--random-weights", action="store_true", help="write an untrained model, to try a runtime")
-    parser.add_argument("--img-size", nargs="+", type=pixels, metavar=("H", "W"), help="pixels (default: the model's)")
     parser.add_argument("--dtype", choices=DTYPES, help="of weights, images and logits (default: the checkpoint's)")
     parser.add_argument("--max-batch", type=count, default=1024, metavar="N", help="largest batch (%(default)s)")
     parser.add_argument("--force", action="store_true", help="overwrite DST")
@@ -44,7 +38,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
-    target, dtype = args.target, None if args.dtype is None else getattr(torch, args.dtype)
+    target, dtype = args.target, DTYPES.get(args.dtype)
     try:
         check_request(target, args.format, max_batch=args.max_batch, dtype=dtype)
     except (ExportError, ValueError) as error:
@@ -54,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     model = load_model(args)
     try:
         frozen = freeze(model, dtype)
-    except RuntimeError as error:  # a range too small for the weights
+    except RuntimeError as error:  # the weights overflow the dtype
         if is_out_of_memory(error):
             raise
         raise UsageError(str(error)) from error

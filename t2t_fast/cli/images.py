@@ -1,4 +1,4 @@
-"""Image files: found in what the user names, and read into 8 bit RGB or grey whatever is in them."""
+"""Find image files, and read images of any kind as 8-bit RGB or grey."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-# What a folder is searched for; a file that is named itself may end in anything.
+# A folder is searched for files with these suffixes; a file that is named itself may have any.
 _PHOTOS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff")
 SUFFIXES = (*_PHOTOS, ".jp2", ".j2k", ".tga", ".ppm", ".pgm", ".pbm", ".pnm")
-_MAX_ASPECT = 200  # the shorter side is scaled up to the model's; beyond this the longer one would fill the memory
+_MAX_ASPECT = 200  # the shorter side is scaled to the model's size: a longer image could fill the memory
 
 
 class ImageError(Exception):
-    """A file that cannot be read as an image; the message is the reason, without the file's name."""
+    """A file cannot be read as an image; the message is the reason, without the file's name."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A file (or pattern) that gave no image, and why."""
+    """A file or pattern without an image, and the reason."""
 
     file: str
     reason: str
 
 
 def find_images(names: Iterable[str]) -> tuple[list[str], list[Failure]]:
-    """The files that ``names`` mean, each once, and the names that mean none.
+    """The files that ``names`` stand for, each once, and the names without any file.
 
-    A name is a file, a folder (searched recursively for images, hidden files and folders left out) or a glob
+    A name is a file, a folder (searched recursively for images; hidden files and folders are skipped) or a glob
     (``**`` included). Files are sorted within each folder and glob.
     """
     files: dict[str, None] = {}
@@ -73,17 +73,17 @@ def _search_folder(folder: str) -> tuple[list[str], list[Failure]]:
 
 
 def read_image(path: str | os.PathLike[str], grey: bool = False) -> Image.Image:
-    """Read the first frame of an image file, upright, as 8 bit RGB (or grey, mode ``L``).
+    """Read the first frame of an image file, upright, as 8-bit RGB (or grey, mode ``L``).
 
-    EXIF orientation is applied. Transparency lies on white. Values of 16 bit are scaled to 8, not clipped; so are
-    floats, from 0..1. CMYK, palettes and all else that Pillow knows are converted to RGB.
+    EXIF orientation is applied. Transparent pixels become white. 16-bit values, and floats in 0..1, are scaled to 8
+    bits without clipping. CMYK, palettes and all other modes of Pillow are converted to RGB.
 
     Raises:
-        ImageError: There is no such file, or it is no regular one, or not an image, damaged, too large (Pillow's limit
-            against decompression bombs) or more than 200 times as long as it is wide.
+        ImageError: The file does not exist, is not a regular file or not an image, is damaged or too large (Pillow's
+            limit against decompression bombs), or its sides differ by more than 200 times.
     """
     try:
-        if not stat.S_ISREG(mode := os.stat(path).st_mode):  # a FIFO would wait for its writer for ever
+        if not stat.S_ISREG(mode := os.stat(path).st_mode):  # reading a FIFO may block forever
             raise ImageError("a directory" if stat.S_ISDIR(mode) else "not a regular file")
         with Image.open(path, formats=_formats()) as image:
             rgb = _to_rgb(_upright(image))
@@ -107,7 +107,7 @@ def read_image(path: str | os.PathLike[str], grey: bool = False) -> Image.Image:
 
 
 def _formats() -> list[str]:
-    """All that Pillow opens but PostScript, for which it would run another program on the file."""
+    """Pillow's formats except PostScript, for which Pillow would run another program on the file."""
     Image.init()
     return [name for name in Image.OPEN if name != "EPS"]
 
@@ -116,7 +116,7 @@ def _upright(image: Image.Image) -> Image.Image:
     image.load()
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # a broken EXIF block must not cost the picture
+    except Exception:  # an image with a broken EXIF block is still an image
         return image
 
 

@@ -1,4 +1,4 @@
-"""``python -m t2t_fast list``: the models, and what the paper says of them."""
+"""``python -m t2t_fast list``: the models, with the paper's figures."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from rich.table import Table
 
 from ..models import list_models
 from ..models.variants import VARIANTS
-from .common import UsageError, add_command, write_json, write_table
+from ..usage import UsageError
+from .common import add_command, output_json, write_table
 
 
 def add_parser(subparsers: Any) -> None:
-    """Add the ``list`` command to what ``argparse.ArgumentParser.add_subparsers`` returned."""
+    """Add the ``list`` command to ``subparsers``, the result of ``ArgumentParser.add_subparsers``."""
     parser = add_command(
         subparsers,
         "list",
@@ -32,11 +33,11 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
-    names = list_models(args.pattern) if args.pattern else []  # timm takes "" for every name
+    names = list_models(args.pattern) if args.pattern else []  # for timm "" matches every name
     if not names:
         raise UsageError(f"no model matches {args.pattern!r}; names: {', '.join(VARIANTS)}")
     if args.json:
-        write_json([_describe(name) for name in names])
+        output_json([_describe(name) for name in names])
         return 0
     table = Table()
     table.add_column("model")

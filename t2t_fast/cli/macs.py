@@ -1,4 +1,4 @@
-"""``python -m t2t_fast macs``: multiply-accumulates counted, beside the paper's."""
+"""``python -m t2t_fast macs``: count multiply-accumulates, beside the paper's figures."""
 
 from __future__ import annotations
 
@@ -16,22 +16,23 @@ from rich.progress import Progress
 from rich.table import Table
 
 from ..bench import common as bench
+from ..bench import tables
 from ..bench.models import PAPER_VIT_SMALL, SETS, create
 from ..env import collect_env
 from ..macs import count_macs, own_image_size, published
 from ..models import list_models
-from .common import UsageError, add_command, error_console, image_size, pixels, write_json, write_table
+from ..usage import UsageError
+from .common import add_command, error_console, image_size, output_json, pixels, write_table
 from .streams import say
 
 
 def add_parser(subparsers: Any) -> None:
-    """Add the ``macs`` command to what ``argparse.ArgumentParser.add_subparsers`` returned."""
+    """Add the ``macs`` command to ``subparsers``, the result of ``ArgumentParser.add_subparsers``."""
     parser = add_command(
         subparsers,
         "macs",
-        "count parameters and multiply-accumulates. The products inside attention are counted, those of the "
-        "Performer's features too; norms, softmax and activations are not. Only shapes are computed: nothing is "
-        "downloaded or run.",
+        "count parameters and multiply-accumulates. Matmuls inside attention and of the Performer's features count; "
+        "norms, softmax and activation functions do not. Only shapes are computed: nothing is downloaded or run.",
         """
         t2t-fast macs
         t2t-fast macs t2t_vit_14 resnet50 'deit_small*'
@@ -44,13 +45,12 @@ def add_parser(subparsers: Any) -> None:
         "models",
         metavar="MODEL",
         nargs="*",
-        help="names or patterns, timm's too; zoo: all of ours; "
-        "paper: those of the paper's tables (default: all of ours)",
+        help="names or patterns, also timm's; zoo: all of this package, the default; paper: all in the paper's tables",
     )
     parser.add_argument("--img-size", nargs="+", type=pixels, metavar=("H", "W"), help="pixels (default: the model's)")
     parser.add_argument("--json", action="store_true", help="write JSON")
     parser.add_argument(
-        "--output", type=Path, metavar="JSON", help="also a result file of the benchmarks, or its folder"
+        "--output", type=Path, metavar="JSON", help="also write a result file of the benchmarks; a file or a folder"
     )
     parser.set_defaults(run=run)
 
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit code: 1 if some models cannot be counted, 2 if none can."""
     size = image_size(args.img_size)
     names = _resolve_names(args.models) if args.models else [*list_models(), "t2t_vit_14.in1k_384"]
-    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it logs what it also raises
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it logs its exceptions as well
     errors = error_console()
     rows = []
     with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
@@ -67,13 +67,13 @@ def run(args: argparse.Namespace) -> int:
             try:
                 rows.append(measure(name, size))
             except Exception as error:
-                # A size that the model cannot take, or a model of something else than images: timm's raise anything.
+                # The model does not take this size, or no images at all: models of timm raise anything.
                 reason = next(iter(str(error).splitlines()), "")
                 say(f"{name}: cannot be counted: {type(error).__name__}: {reason}")
     if rows and args.output is not None:
         say(f"results: {_save(rows, args)}")
     if args.json:
-        write_json(rows)
+        output_json(rows)
     elif rows:
         write_table(table_of(rows))
     return 0 if len(rows) == len(names) else 1 if rows else 2
@@ -97,7 +97,7 @@ def measure(name: str, size: tuple[int, int] | None) -> dict[str, Any]:
         model = create(name)
     size = size or own_image_size(model)
     macs = count_macs(model, size)
-    assert size is not None  # else it could not be counted
+    assert size is not None  # else count_macs raised
     params_m, macs_g = published(name, size)
     return {
         "name": name,
@@ -120,7 +120,7 @@ def _deviation(measured: float, published: float | None) -> float | None:
 def _save(rows: list[dict[str, Any]], args: argparse.Namespace) -> Path:
     """Write a result file, named by the image sizes, and return its path."""
     env, date = collect_env(), datetime.now().astimezone()
-    sizes = dict.fromkeys("x".join(map(str, dict.fromkeys(row["image_size"]))) for row in rows)
+    sizes = dict.fromkeys(tables.pixels(row["image_size"]) for row in rows)
     path = bench.result_path(args.output, f"macs-{'-'.join(sizes)}px", env, date)
     size = ["--img-size", *map(str, args.img_size)] if args.img_size else []
     command = shlex.join(["python", "-m", "t2t_fast", "macs", *args.models, *size])
@@ -129,7 +129,7 @@ def _save(rows: list[dict[str, Any]], args: argparse.Namespace) -> Path:
 
 
 def table_of(rows: list[dict[str, Any]]) -> Table:
-    """For people, a line each."""
+    """A table with a line per model."""
     table = Table()
     table.add_column("model")
     for heading in ("pixels", "params M", "paper", "±%", "MACs G", "paper", "±%", "activations M"):

@@ -1,4 +1,4 @@
-"""``python -m t2t_fast predict``: the likeliest classes of image files."""
+"""``python -m t2t_fast predict``: classify image files."""
 
 from __future__ import annotations
 
@@ -24,34 +24,34 @@ from ..files import check_target, open_descriptor, require_regular
 from ..macs import own_in_chans
 from ..models import T2TViT, create_model
 from ..models.variants import VARIANTS
+from ..usage import UsageError, printable
 from .common import (
-    UsageError,
     add_command,
     count,
     error_console,
     file_name,
     image_size,
     means_standard_output,
+    output_json,
     pixels,
-    write_json,
     write_table,
 )
 from .images import Failure, ImageError, find_images, read_image
-from .streams import printable, say
+from .streams import say
 
 DEFAULT_MODEL = "t2t_vit_14"
-# Every model needs ops that have no native implementation.
+# Every model needs ops without a native implementation.
 MODEL_BACKENDS = tuple(backend for backend in BACKENDS if backend != "native")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def add_parser(subparsers: Any) -> None:
-    """Add the ``predict`` command to what ``argparse.ArgumentParser.add_subparsers`` returned."""
+    """Add the ``predict`` command to ``subparsers``, the result of ``ArgumentParser.add_subparsers``."""
     parser = add_command(
         subparsers,
         "predict",
-        "classify images. Files that cannot be read are named and the rest goes on; the exit code is then 1, and 2 "
-        "if none could be read. Transparent pixels count as white.",
+        "classify images. Files that cannot be read are reported and skipped: the exit code is then 1, or 2 if no file "
+        "could be read. Transparent pixels count as white.",
         """
         t2t-fast predict cat.jpg --pretrained
         t2t-fast predict photos/ 'more/**/*.png' --checkpoint 81.5_T2T_ViT_14.pth.tar
@@ -60,22 +60,30 @@ def add_parser(subparsers: Any) -> None:
         """,
     )
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="files, folders (searched recursively) and globs")
-    parser.add_argument("--model", metavar="NAME", help=f"default: read off the checkpoint, else {DEFAULT_MODEL}")
-    parser.add_argument("--checkpoint", type=file_name, metavar="FILE", help="weights, as t2t-fast convert reads them")
-    parser.add_argument("--pretrained", action="store_true", help="download the released weights")
-    parser.add_argument("--img-size", nargs="+", type=pixels, metavar=("H", "W"), help="pixels (default: the model's)")
+    add_model_arguments(parser)
     parser.add_argument("--batch-size", type=count, default=16, metavar="N", help="images at a time (%(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ... (%(default)s)")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="%(default)s unless told")
-    parser.add_argument("--backend", choices=MODEL_BACKENDS, default="auto", help="%(default)s unless told")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
+    parser.add_argument("--backend", choices=MODEL_BACKENDS, default="auto", help="default: %(default)s")
     parser.add_argument("--top-k", type=count, default=5, metavar="K", help="classes per image (%(default)s)")
-    parser.add_argument("--json", type=file_name, metavar="FILE", help="write JSON too; only JSON for - or /dev/stdout")
-    parser.add_argument("--class-names", type=file_name, metavar="FILE", help="a name per line, in the classes' order")
+    parser.add_argument("--json", type=file_name, metavar="FILE", help="also write JSON; for -, write only JSON")
+    parser.add_argument(
+        "--class-names", type=file_name, metavar="FILE", help="one name per line, in the order of the classes"
+    )
     parser.set_defaults(run=run)
 
 
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that :func:`load_model` reads."""
+    add = parser.add_argument
+    add("--model", metavar="NAME", help=f"default: recognised from the checkpoint, else {DEFAULT_MODEL}")
+    add("--checkpoint", type=file_name, metavar="FILE", help="weights in any format that t2t-fast convert reads")
+    add("--pretrained", action="store_true", help="download the released weights")
+    add("--img-size", nargs="+", type=pixels, metavar=("H", "W"), help="pixels (default: the model's)")
+
+
 def run(args: argparse.Namespace) -> int:
-    """Run the command; returns the exit code: 1 if some images cannot be read, 2 if none can."""
+    """Run the command; returns the exit code: 1 if some images cannot be read, 2 if all cannot."""
     only_json = args.json is not None and means_standard_output(args.json)
     if args.json is not None and not only_json:
         check_target(args.json)
@@ -96,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
             failures += bad
     try:
         if args.json is not None:
-            write_json(_record(args, model, device, results, failures), args.json)
+            output_json(_record(args, model, device, results, failures), args.json)
     finally:
         if results and not only_json:
             write_table(_table(results))
@@ -118,13 +126,13 @@ def _prepare(model: T2TViT, device: torch.device, dtype: torch.dtype) -> T2TViT:
 def _classify(
     args: argparse.Namespace, model: T2TViT, device: torch.device, files: list[str]
 ) -> Iterator[tuple[list[tuple[str, list[dict[str, Any]]]], list[Failure]]]:
-    """Per batch the files with their likeliest classes, and the failures."""
+    """Per batch: the files with their most probable classes, and the failures."""
     errors, dtype = error_console(), DTYPES[args.dtype]
     with (
         warnings.catch_warnings(),
         Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress,
     ):
-        warnings.filterwarnings("ignore", module="PIL")  # they name no file; what matters is reported with its name
+        warnings.filterwarnings("ignore", module="PIL")  # they do not name the file
         task = progress.add_task("predicting", total=len(files))
         for batch in _read_batches(files, _reader(model), args.batch_size):
             read = [(file, image) for file, image in batch if isinstance(image, Tensor)]
@@ -146,7 +154,7 @@ def _find_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(1, device=device).cpu()
-    except Exception as error:  # torch raises anything for a device that this build lacks
+    except Exception as error:  # for a device that this build lacks torch raises anything
         reason = str(error).partition(". ")[0]
         raise UsageError(f"--device {name} cannot be used here: {reason}") from error
     return device
@@ -180,7 +188,7 @@ def _class_names(path: str | None, num_classes: int) -> list[str]:
         if num_classes == 1000:
             return list(ImageNetInfo().label_descriptions())
         return [str(index) for index in range(num_classes)]
-    if open_descriptor(path) is None:  # one is a pipe whose writer is there, for `--class-names <(...)`
+    if open_descriptor(path) is None:  # an open descriptor may be a pipe, as for `--class-names <(...)`
         require_regular(path)
     try:
         with open(path, encoding="utf-8-sig") as file:
@@ -195,7 +203,7 @@ def _class_names(path: str | None, num_classes: int) -> list[str]:
 
 
 def _transform(model: T2TViT) -> Any:
-    """timm's evaluation transform as the released weights for the model's image size have it, else as the model has."""
+    """timm's evaluation transform of the released weights with the model's image size; without any, the model's own."""
     architecture, in_chans = _architecture(model), own_in_chans(model)
     tags = (tag for tag, (_, size) in VARIANTS[architecture].weights.items() if (size, size) == model.img_size)
     tag = next(tags, None)
@@ -208,7 +216,7 @@ def _transform(model: T2TViT) -> Any:
 
 
 def _reader(model: T2TViT) -> Callable[[str], Tensor | ImageError]:
-    """Reads one file into what the model takes."""
+    """A function that reads one file as the model's input."""
     transform, grey = _transform(model), own_in_chans(model) == 1
 
     def read(file: str) -> Tensor | ImageError:
@@ -223,7 +231,7 @@ def _reader(model: T2TViT) -> Callable[[str], Tensor | ImageError]:
 def _read_batches(
     files: list[str], read: Callable[[str], Tensor | ImageError], batch_size: int
 ) -> Iterator[list[tuple[str, Tensor | ImageError]]]:
-    """Pairs of file and image, a batch at a time; the next batch is read while the caller works on this one."""
+    """Batches of (file, image) pairs; the next batch is read while the caller works on this one."""
     batches = [files[start : start + batch_size] for start in range(0, len(files), batch_size)]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         ahead = pool.map(read, batches[0])
@@ -235,7 +243,7 @@ def _read_batches(
 
 @torch.inference_mode()
 def _predict(model: T2TViT, images: Tensor, top_k: int) -> list[list[dict[str, Any]] | None]:
-    """Per image the ``top_k`` likeliest classes, best first; None where the output is not finite."""
+    """Per image the ``top_k`` most probable classes, best first; None if the output is not finite."""
     probabilities = model(images).float().softmax(dim=-1).cpu()
     values, indices = probabilities.topk(min(top_k, model.num_classes))
     return [

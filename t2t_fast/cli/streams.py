@@ -1,4 +1,4 @@
-"""Standard output, standard error and log records of the command line, whatever they are connected to."""
+"""Standard output, standard error and log records of the command line, also if they are full, closed or ASCII."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any, TextIO
 
 from ..files import errors_named
+from ..usage import one_line
 
 PROG = "t2t-fast"
 STANDARD_OUTPUT = "standard output"  # the file name in errors
@@ -18,16 +19,17 @@ STANDARD_OUTPUT = "standard output"  # the file name in errors
 
 @contextlib.contextmanager
 def usable_streams() -> Iterator[None]:
-    """Standard streams that take every character; one that is closed refuses output, or drops messages.
+    """A context in which the standard streams can be written to.
 
-    Characters that the encoding of standard output lacks are written as escapes.
+    Characters that the encoding of standard output lacks are written as escapes. If standard output is closed, writing
+    raises ``OSError``; if standard error is closed, messages are dropped.
     """
     with contextlib.ExitStack() as stack:
         if sys.stderr is None:
             messages = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(contextlib.redirect_stderr(messages))
         if sys.stdout is None:
-            # Writing to what is open for reading alone fails as writing to the closed descriptor would.
+            # A file opened for reading: writing to it fails, as it would for the closed descriptor.
             refusing = stack.enter_context(os.fdopen(os.open(os.devnull, os.O_RDONLY), "w"))
             stack.enter_context(contextlib.redirect_stdout(refusing))
         elif isinstance(sys.stdout, io.TextIOWrapper):
@@ -37,7 +39,7 @@ def usable_streams() -> Iterator[None]:
 
 
 def write_output(text: str) -> None:
-    """Write to standard output, at once.
+    """Write to standard output and flush it.
 
     Raises:
         OSError: Standard output is full or closed; ``filename`` is :data:`STANDARD_OUTPUT`.
@@ -52,12 +54,12 @@ def write_output(text: str) -> None:
 
 
 def flush_output() -> None:
-    """Write out what standard output has buffered; raises as :func:`write_output`."""
+    """Flush standard output; raises as :func:`write_output`."""
     write_output("")
 
 
 def say(message: str) -> None:
-    """Write a message to standard error, as one line. Where that is full, the message is lost."""
+    """Write a message to standard error, as one line; it is lost if standard error is full."""
     try:
         print(f"{PROG}: {one_line(message)}", file=sys.stderr, flush=True)
     except OSError:
@@ -65,7 +67,7 @@ def say(message: str) -> None:
 
 
 def _discard(stream: TextIO) -> None:
-    """Drop what ``stream`` holds and gets from now on, so that Python does not fail to write it when it exits."""
+    """Drop all buffered and further output of ``stream``, so that flushing it at exit does not fail."""
     with contextlib.suppress(OSError, ValueError):  # a stream without a descriptor
         nowhere = os.open(os.devnull, os.O_WRONLY)
         try:
@@ -74,20 +76,9 @@ def _discard(stream: TextIO) -> None:
             os.close(nowhere)
 
 
-def one_line(text: str) -> str:
-    """``text`` without line breaks, and as :func:`printable`."""
-    return printable(" ".join(line.strip() for line in text.splitlines() if line.strip()))
-
-
-def printable(text: str) -> str:
-    """``text`` without what a file name may hold and a terminal cannot take: undecodable bytes and control codes."""
-    text = text.encode("utf-8", "backslashreplace").decode()
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 @contextlib.contextmanager
 def log_records_shown() -> Iterator[None]:
-    """Warnings and errors that libraries log, shown as the command line's own messages."""
+    """A context in which logged warnings and errors appear as messages of the command line."""
     handler, root = _Messages(logging.WARNING), logging.getLogger()
     root.addHandler(handler)
     try:

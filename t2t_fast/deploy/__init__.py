@@ -1,1 +1,1 @@
-"""Models for use: frozen for inference, replayed as CUDA graphs, exported to other runtimes."""
+"""Deployment: models frozen for inference, captured as CUDA graphs, exported to other runtimes."""

@@ -1,4 +1,4 @@
-"""Models for other runtimes: ONNX, and torch's own archives, plain or compiled ahead of time."""
+"""Export models to other runtimes: ONNX, and torch's archives, plain or compiled ahead of time."""
 
 from __future__ import annotations
 
@@ -30,36 +30,36 @@ _MAX_BATCH = 2**31 - 1
 
 
 class ExportError(RuntimeError):
-    """A model that cannot be exported, or whose export computes something else; the message says why."""
+    """A model cannot be exported, or its export computes something else; the message says why."""
 
 
 def export(
     model: nn.Module, path: str | os.PathLike[str], format: str | None = None, *, max_batch: int = 1024
 ) -> dict[str, Any]:
-    """Write ``model``, frozen, as a program that needs this package no more, for batches of any size.
+    """Freeze ``model`` and write it as a program that runs without this package, for batches of any size.
 
-    The file is loaded again and its logits are compared with the model's for batches of one and three images before it
-    takes its name. What is written has convolutions, matrix products and softmax, no operators of this package. Images
-    have the model's ``img_size``, and its dtype: freeze it to another one first.
+    The program consists of convolutions, matmuls and softmax, without operators of this package. Its images have the
+    model's ``img_size`` and dtype; for another dtype freeze the model to it first. Before the file gets its name, it is
+    loaded again and its logits for batches of one and three images are compared with the model's.
 
     Args:
-        model: A :class:`T2TViT`, one that is frozen, or whatever :func:`t2t_fast.optimize` takes.
-        path: The file; an existing one is replaced once the new one is complete and right. Symbolic links are
-            followed; a device or FIFO is written to directly, once the program is complete and right.
+        model: A :class:`T2TViT`, a frozen one, or any model that :func:`t2t_fast.optimize` takes.
+        path: The file. An existing one is replaced after the check; symbolic links are followed; a device or FIFO is
+            written to directly.
         format: ``"onnx"`` (opset 18; needs the packages onnx and onnxscript, and onnxruntime to be checked),
             ``"torch"`` (``torch.export.load``) or ``"aoti"`` (compiled for the model's device by AOTInductor, for
             ``torch._inductor.aoti_load_package``; needs a C++ compiler). None decides by the suffix: ``.onnx``, or
             ``.pt2`` for ``"torch"``.
-        max_batch: The largest batch that the program must take.
+        max_batch: The largest batch that the program accepts.
 
     Returns:
-        ``format``, ``bytes``, ``error`` (relative norm of the logits' difference, None if nothing could check) and
-        ``checked_by``.
+        ``format``, ``bytes``, ``error`` (relative norm of the logits' difference; None without a runtime to check it)
+        and ``checked_by``.
 
     Raises:
-        TypeError: ``model`` is no T2T-ViT.
-        ValueError: Unknown ``format``, or a suffix that does not go with it.
-        ExportError: A package is missing, the format does not have the model's dtype, or the file's logits differ.
+        TypeError: ``model`` is not a T2T-ViT.
+        ValueError: Unknown ``format``, or a suffix that does not match it.
+        ExportError: A package is missing, the format lacks the model's dtype, or the program's logits differ.
         OSError: The file cannot be written (``filename`` is ``path``); an old one is untouched.
     """
     format = check_request(path, format, max_batch=max_batch)
@@ -80,7 +80,7 @@ def export(
 def check_request(
     path: str | os.PathLike[str], format: str | None, *, max_batch: int, dtype: torch.dtype | None = None
 ) -> str:
-    """The format that :func:`export` would write, after all checks that need no model.
+    """Make all checks of :func:`export` that need no model, and return the format.
 
     Raises:
         ValueError, ExportError, OSError: As :func:`export`.
@@ -125,7 +125,7 @@ def _images(frozen: FrozenT2TViT, batch: int) -> Tensor:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Exporters narrate; what matters they raise."""
+    """Suppress the exporters' messages; errors are raised all the same."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "torch.export")]
     levels = [logger.level for logger in loggers]
     try:
@@ -140,7 +140,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _write_onnx(frozen: FrozenT2TViT, program: Any, images: Tensor, path: Path) -> tuple[float | None, str]:
-    """Optimized, where that leaves the logits as they are: onnxscript's optimizer takes an addend of 1e-8 for zero."""
+    """Write with onnxscript's optimizer, or without it if that changes the logits: it drops an addend of 1e-8."""
     error: float | None = None
     for optimize in (True, False):
         made = torch.onnx.export(
@@ -157,13 +157,13 @@ def _write_onnx(frozen: FrozenT2TViT, program: Any, images: Tensor, path: Path) 
 
 
 def _name_batch(graph: Any) -> None:
-    """Give the batch its name, where the exporter calls it by a symbol."""
+    """Name the batch dimension, for which the exporter may invent a symbol."""
     for value in (*graph.inputs, *graph.outputs):
         value.shape[0] = "batch"
 
 
 def _write_torch(frozen: FrozenT2TViT, program: Any, images: Tensor, path: Path) -> tuple[float | None, str]:
-    buffer = io.BytesIO()  # torch's own writer of files turns the system's errors into others
+    buffer = io.BytesIO()  # writing to a path, torch would hide the system's errors
     torch.export.save(program, buffer)
     path.write_bytes(buffer.getvalue())
     return _compare(frozen, path, "torch"), "torch.export"
@@ -185,11 +185,11 @@ _WRITERS: dict[str, Callable[[FrozenT2TViT, Any, Tensor, Path], tuple[float | No
 
 @torch.no_grad()
 def _compare(frozen: FrozenT2TViT, path: Path, format: str) -> float:
-    """The larger error of two batch sizes, neither of which the program was made with; NaN counts as the largest."""
+    """The larger error of two batch sizes that the program was not traced with; NaN counts as the largest."""
     run, errors = load(path, format), []
     for batch in (1, 3):
         images = _images(frozen, batch)
-        with use_backend("aten"):  # what the program consists of: in 16 bits others round otherwise
+        with use_backend("aten"):  # the program's operations; other backends round differently in 16 bits
             errors.append(relative_error(run(images), frozen(images)))
     return max(errors, key=lambda error: (error != error, error))
 

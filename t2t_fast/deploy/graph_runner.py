@@ -1,4 +1,4 @@
-"""CUDA graphs of a model for fixed batches: one launch in place of hundreds."""
+"""CUDA graphs of a model for fixed batch sizes: one launch instead of hundreds."""
 
 from __future__ import annotations
 
@@ -15,29 +15,30 @@ from ..models.t2t_vit import T2TViT
 from ..numerics import ieee_float32
 from .freeze import FrozenT2TViT
 
-_WARM_UP = 3  # runs before a capture: libraries choose their algorithms and fetch their workspaces
+_WARM_UP = 3  # runs before a capture, in which libraries choose algorithms and allocate workspaces
 
 
 class GraphRunner(nn.Module):
-    """Calls ``model``, by replaying a CUDA graph for every batch size that has one.
+    """Runs ``model`` by replaying a CUDA graph, for the batch sizes that have one.
 
-    A small batch keeps a GPU busy for less time than it takes to launch its kernels one by one; a graph launches them
-    all at once. The graphs are captured here and share one pool of memory. A batch of another size, shape, dtype or
-    device, and calls under another autocast, backend or precision of float32 products than the runner was made under,
-    call the model as it is, and so does everything on devices other than CUDA: :meth:`reason` tells. Results are
-    copies, which later calls leave alone. Weights may be changed in place. Moving or casting the runner lets go of the
-    graphs; whoever replaces a weight makes a new runner. Copies and pickles capture anew.
+    Launching the kernels of a small batch one by one takes a GPU longer than computing them; a graph launches all at
+    once. The graphs are captured by the constructor and share one memory pool. These calls run the model itself:
+    batches of another size, shape, dtype or device; another autocast, backend or precision of float32 matmuls than at
+    the capture; any device but CUDA. :meth:`reason` says which. Results are copies that later calls do not overwrite.
+    Weights may be changed in place; after replacing one, make a new runner. Moving or casting the runner drops the
+    graphs. Copies and pickles capture again.
 
     Args:
-        model: For inference, best a frozen one; a module that maps a batch of images to one tensor.
-        batch_sizes: Batches to capture.
-        example: One image (in_chans, H, W), whose shape and dtype all have; None takes what a T2T-ViT was built for.
+        model: A module in evaluation mode that maps a batch of images to one tensor, best a frozen model.
+        batch_sizes: Batch sizes to capture.
+        example: One image (in_chans, H, W) with the shape and dtype of all images; None takes those that a T2T-ViT was
+            built for.
 
     Attributes:
         notes: What was captured, or why nothing was.
 
     Raises:
-        TypeError: No ``example`` for a model that does not tell its own, or arguments of another type.
+        TypeError: ``example`` is missing for a model other than a T2T-ViT, or an argument has a wrong type.
         ValueError: The model is in training mode, a batch size is below 1, or ``example`` is not one image.
     """
 
@@ -58,18 +59,18 @@ class GraphRunner(nn.Module):
         super().train(False)
         self._example = _example_for(model) if example is None else example.detach()
         self._conditions = _conditions(self._example.device)
-        self._obstacle = _obstacle(self._example.device)
-        sizes = sorted(set(self._batch_sizes), reverse=True)  # the largest first: the others fit into its memory
-        self._replays = {} if self._obstacle else _capture(self.model, self._example, sizes)
+        self._why_not = _why_not(self._example.device)
+        sizes = sorted(set(self._batch_sizes), reverse=True)  # the largest first: the others reuse its memory
+        self._replays = {} if self._why_not else _capture(self.model, self._example, sizes)
         self._lock = threading.Lock()
         self.notes = [f"batches of {size}: captured" for size in self._replays]
-        if self._obstacle is not None:
-            self.notes.append(f"nothing to capture: {self._obstacle}")
+        if self._why_not is not None:
+            self.notes.append(f"nothing to capture: {self._why_not}")
 
     def reason(self, images: Tensor) -> str | None:
-        """Why a call with ``images`` runs the model kernel by kernel; None if it replays a graph."""
-        if self._obstacle is not None:
-            return self._obstacle
+        """Why a call with ``images`` would run the model itself; None if it would replay a graph."""
+        if self._why_not is not None:
+            return self._why_not
         casts = isinstance(self.model, FrozenT2TViT) and images.is_floating_point()
         for name, got, want in (
             ("shape", tuple(images.shape[1:]), tuple(self._example.shape)),
@@ -83,30 +84,32 @@ class GraphRunner(nn.Module):
         if _conditions(images.device) != self._conditions:
             return "autocast, the backend or the precision of float32 products is another than at the capture"
         if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
-            return "a compiler, or another capture, is recording"
+            return "a compiler or another capture is recording"
         return None
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, in_chans, H, W) to what the model returns for them, (B, num_classes), without gradients."""
+        """Images (B, in_chans, H, W) to the model's logits (B, num_classes), without gradients."""
         if self.reason(images) is not None:
             return self.model(images)
         with self._lock:
             return self._replays[images.shape[0]](images)
 
     def train(self, mode: bool = True) -> GraphRunner:
-        """Raises:
-        RuntimeError: ``mode`` is true.
+        """Stay in evaluation mode.
+
+        Raises:
+            RuntimeError: ``mode`` is true.
         """
         if mode:
             raise RuntimeError("graphs are for inference; train the model itself, and make a new runner")
         return super().train(False)
 
     def _apply(self, *args: Any, **kwargs: Any) -> GraphRunner:
-        if self._replays:  # recorded addresses are about to be given back
+        if self._replays:  # the graphs hold addresses that are about to be freed
             self._replays = {}
-            self._obstacle = "the runner was moved or cast after the capture; make a new one"
-            self.notes = [f"nothing to replay: {self._obstacle}"]
+            self._why_not = "the runner was moved or cast after the capture; make a new one"
+            self.notes = [f"nothing to replay: {self._why_not}"]
         return super()._apply(*args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -124,37 +127,37 @@ def _example_for(model: nn.Module) -> Tensor:
     return torch.zeros(inner.tokens_to_token.in_chans, *inner.img_size, dtype=like.dtype, device=like.device)
 
 
-def _obstacle(device: torch.device) -> str | None:
+def _why_not(device: torch.device) -> str | None:
     if device.type != "cuda":
-        return f"the model is on {device.type!r}, and graphs are CUDA's; it runs as it is"
+        return f"the model is on {device.type!r}, and graphs are CUDA's; the model itself runs"
     return None
 
 
 def _conditions(device: torch.device) -> tuple[Any, ...]:
-    """What a recorded run depends on besides its input."""
+    """The settings that a recorded run depends on."""
     autocast = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if autocast else None
     return autocast, dtype, resolve_backend(), ieee_float32()
 
 
 def _caches(model: nn.Module) -> list[Any]:
-    """What the models have computed once and may drop again, for a graph to keep alive: it has recorded addresses."""
+    """The models' cached position tables. A graph holds their addresses, so it must keep them alive."""
     return [dict(module._tables) for module in model.modules() if isinstance(module, T2TViT)]
 
 
-@torch.inference_mode(False)  # the graphs' inputs are written to in any mode later
+@torch.inference_mode(False)  # the graphs' inputs will be written to outside of inference mode
 @torch.no_grad()
 def _capture(model: nn.Module, example: Tensor, sizes: Sequence[int]) -> dict[int, Callable[[Tensor], Tensor]]:
     """For each batch size, a function that replays ``model`` on images like ``example``, and copies the result."""
     autocast, dtype, *_ = _conditions(example.device)
-    # Autocast drops its copies of the weights when its region ends; a graph must make its own.
+    # Autocast frees its cached casts of weights when its context ends; a graph must cast for itself.
     with torch.autocast(example.device.type, dtype, enabled=autocast, cache_enabled=False):
         torch.clear_autocast_cache()
         return _record_all(model, example, sizes)
 
 
 def _record_all(model: nn.Module, example: Tensor, sizes: Sequence[int]) -> dict[int, Callable[[Tensor], Tensor]]:
-    done = torch.cuda.Event()  # of the previous call, on whatever stream: all graphs use the same memory
+    done = torch.cuda.Event()  # end of the previous call, on any stream: all graphs share their memory
     pool: Any = None
 
     def record(size: int) -> Callable[[Tensor], Tensor]:

@@ -18,7 +18,7 @@ class LoudNote(str):
 
 
 def t2t_vit_inside(model: Any) -> Any:
-    """The T2T-ViT of this library that ``model`` is, inside DataParallel and ``torch.compile`` or not; else None."""
+    """``model``, or the model inside DataParallel and ``torch.compile``, if that is a T2T-ViT of ours; else None."""
     model = unwrap_model(model)
     return model if hasattr(model, "tokens_to_token") and hasattr(model, "grid_size") else None
 
@@ -35,21 +35,22 @@ def adapt_state_dict(
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Fit weights to a T2T-ViT with another head, image size or number of input channels.
 
-    * Head with other names or shapes than the model's, or none: the model's own is kept; a model without one drops it.
-    * Position table of another grid: bicubic resize to ``model.grid_size``, class token untouched. Where ``grid_size``
-      does not tell the table's grid, a table of the model's shape is taken as it is, any other one as a square's.
-    * Input channels: the repeat-and-rescale rule of timm, with the first LayerNorm's affine folded into the projection
-      so that one channel means exactly the original network on the grey image repeated.
+    * Head: where the weights have none, or one of other names or shapes, the model keeps its own. A model without a
+      head drops that of the weights.
+    * Position table of another grid: resized bicubically to ``model.grid_size``; the class token's row stays. Without a
+      fitting ``grid_size``, a table of the model's shape is taken unchanged, and any other one as of a square grid.
+    * Input channels: timm's rule, repeat and rescale. The first LayerNorm's affine weights are folded into the
+      projection first, so with one channel the model computes what the original does for the repeated grey image.
 
-    Other names and shapes pass as they are, for ``load_state_dict`` to report.
+    Other entries pass unchanged; ``load_state_dict`` reports those that do not fit.
 
     Args:
         state_dict: Official names to tensors; not modified.
         model: The model to fit (its ``state_dict()``, ``grid_size``, ``tokens_to_token.in_chans``).
-        grid_size: Height and width, in tokens, of the table's grid; one that does not fit the table is passed over.
+        grid_size: Height and width of the table's grid, in tokens; ignored if it does not fit the table.
 
     Returns:
-        The adapted state dict and one note per change; a :class:`LoudNote` where the function computed changes.
+        The adapted state dict and one note per change; a :class:`LoudNote` if the model then computes something else.
 
     Raises:
         CheckpointError: A position table of a non-square grid would have to be resized, and ``grid_size`` is not given.
@@ -67,12 +68,12 @@ def adapt_state_dict(
 
 def _adapt_head(adapted: dict[str, Tensor], own: Mapping[str, Any]) -> list[str]:
     given = {name: value for name, value in adapted.items() if name.startswith("head.")}
-    kept = {name: value for name, value in own.items() if name.startswith("head.")}  # a quantised one has other values
+    kept = {name: value for name, value in own.items() if name.startswith("head.")}  # quantised: not only tensors
     if given.keys() == kept.keys() and all(_shape(given[name]) == _shape(kept[name]) for name in given):
         return []
     if not kept:
         note = f"dropped {_describe_head(given)}: the model has none"
-        if not _of_classes(given):  # one that no name or number of classes would have made
+        if not _of_classes(given):  # no model name or num_classes makes such a head
             note = LoudNote(f"{note}; give the model such a head, and load it with load_checkpoint")
     elif not given:
         note = LoudNote(f"no head in the weights: the model keeps its own{_of_classes(kept)}")
@@ -83,7 +84,7 @@ def _adapt_head(adapted: dict[str, Tensor], own: Mapping[str, Any]) -> list[str]
         note = LoudNote(f"{_describe_head(given)} does not fit: the model keeps its own, {_describe_head(kept)}")
     for name in given:
         del adapted[name]
-    # A head without values (on the meta device) cannot be kept: then load_state_dict reports it missing.
+    # A head on the meta device has no values to keep; load_state_dict then reports it missing.
     for name, value in kept.items():
         if not isinstance(value, Tensor):
             adapted[name] = value
@@ -97,7 +98,7 @@ def _shape(value: Any) -> tuple[int, ...] | None:
 
 
 def _of_classes(head: Mapping[str, Any], preposition: str = "of") -> str:
-    """The number of classes of a head that is one Linear; nothing of any other one."""
+    """`` of N classes`` for a head that is one Linear; an empty text for any other head."""
     if head.keys() <= {"head.weight", "head.bias"} and "head.weight" in head:
         return f" {preposition} {head['head.weight'].shape[0]} classes"
     return ""
@@ -157,8 +158,8 @@ def _adapt_in_chans(adapted: dict[str, Tensor], in_chans: int) -> list[str]:
         return []
     if any(adapted[name].shape != adapted[names[2]].shape[1:] for name in names[:2]):
         return []
-    # W (gamma * n + beta) + b = (W diag(gamma)) n + (W beta + b), and the normalised n is the same in every channel
-    # when the channels are: only the folded weight has to be adapted.
+    # W (gamma * n + beta) + b = (W diag(gamma)) n + (W beta + b). Equal channels have equal normalised values n, so
+    # adapting the folded weight W diag(gamma) is enough.
     gamma, beta, weight = (adapted[name].double() for name in names)
     shift = weight @ beta
     weight = (weight * gamma).unflatten(1, (-1, FIRST_KERNEL, FIRST_KERNEL))
@@ -169,7 +170,7 @@ def _adapt_in_chans(adapted: dict[str, Tensor], in_chans: int) -> list[str]:
     if bias_name in adapted:
         values[bias_name] = shift = adapted[bias_name].double() + shift
     if projection.endswith("attn.qkv"):
-        # The token transformer scales its scores by the input width**-0.5, and the width changes.
+        # The token transformer scales its scores by (input width)**-0.5, and the input width changes.
         queries = slice(0, len(weight) // 3)
         weight[queries] *= (in_chans / source) ** 0.5
         shift[queries] *= (in_chans / source) ** 0.5

@@ -1,4 +1,4 @@
-"""Take over a T2T-ViT built by other code, sharing its parameters."""
+"""``optimize``: replace a T2T-ViT built by other code with one of ours that shares its parameters."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ _TOKEN_LAYERS = ("tokens_to_token.attention1", "tokens_to_token.attention2")
 
 
 def optimize(model: nn.Module, backend: str = "auto") -> T2TViT:
-    """This package's equal of a T2T-ViT built by the official code or by mmpretrain.
+    """Make this package's model from a T2T-ViT built by the official code or by mmpretrain.
 
     The model is recognised by its structure, so neither project needs to be installed. The result *shares* the
     parameters (training one trains the other) and has the same training mode, device, dtype and dropout rates.
     ``state_dict()`` of the result has the official names.
 
-    mmpretrain from 1.0.0rc7 on divides the attention scores by the scale where the original multiplies; the result
-    computes what the checkpoints were trained with, and a warning says so. Factories of the official code that were
-    asked for pretrained weights use ``embed_dim**-0.5`` as the scale: that is kept, with a warning.
+    Two cases log a warning. mmpretrain from 1.0.0rc7 on divides the attention scores by the scale; the result
+    multiplies, as the original does and the released checkpoints were trained. Factories of the official code that were
+    asked for pretrained weights use ``embed_dim**-0.5`` as the scale; the result keeps it.
 
     Args:
         model: An official ``T2T_ViT`` (any variant), an mmpretrain ``T2T_ViT`` backbone or a classifier around it,
-            plain or inside DataParallel or ``torch.compile``, which the result is not. One of this package is
-            returned as it is.
+            bare or inside DataParallel or ``torch.compile``; the result is bare. A model of this package is returned
+            unchanged.
         backend: As for :class:`T2TViT`.
 
     Returns:
         The model.
 
     Raises:
-        TypeError: ``model`` is no T2T-ViT; the message says what was expected and what is different.
+        TypeError: ``model`` is not such a T2T-ViT; the message says what was expected and what differs.
     """
     expected = "model must be a T2T-ViT of the official code (class T2T_ViT) or of mmpretrain (backbone T2T_ViT)"
     if not isinstance(model, nn.Module):
@@ -63,9 +63,8 @@ def optimize(model: nn.Module, backend: str = "auto") -> T2TViT:
     except CheckpointError as error:
         raise TypeError(expected + str(error)) from error
     modules = {official_name(f"{name}.", layout)[:-1]: module for name, module in model.named_modules()}
-    objections = list(_objections(tensors, modules, layout))
-    if objections:
-        raise TypeError(f"{expected}looks like one, but {'; '.join(objections)}")
+    if reasons := list(_why_not(tensors, modules, layout)):
+        raise TypeError(f"{expected}looks like one, but {'; '.join(reasons)}")
     try:
         ours = _rebuild(tensors, modules, layout, backend)
     except ValueError as error:
@@ -80,8 +79,8 @@ def optimize(model: nn.Module, backend: str = "auto") -> T2TViT:
     return ours
 
 
-def _objections(tensors: dict[str, Tensor], modules: dict[str, nn.Module], layout: str) -> Iterator[str]:
-    """What parameters do not show and this package's model has otherwise, in words."""
+def _why_not(tensors: dict[str, Tensor], modules: dict[str, nn.Module], layout: str) -> Iterator[str]:
+    """Reasons, invisible in the weights, why our model would compute something else."""
     if layout not in ("official", "mmpretrain"):
         yield f"its parameters have the layout of {layout}"
     heads = {getattr(module, "num_heads", None) for module in _block_attentions(modules)}
@@ -116,14 +115,14 @@ def _block_attentions(modules: dict[str, nn.Module]) -> Iterator[Any]:
 
 
 def _window(split: Any) -> tuple[Any, ...]:
-    """Kernel size, stride, padding of an Unfold or convolution, and whatever else is not as usual."""
+    """Kernel size, stride and padding of an Unfold or convolution, and its dilation if that is not 1."""
     pairs = [getattr(split, name) for name in ("kernel_size", "stride", "padding", "dilation")]
     values = [value[0] if isinstance(value, tuple) and len(set(value)) == 1 else value for value in pairs]
     return tuple(values[:3] if values[3] == 1 else values)
 
 
 def _rebuild(tensors: dict[str, Tensor], modules: dict[str, nn.Module], layout: str, backend: str) -> T2TViT:
-    """A model of the same design, its parameters still without storage."""
+    """A model of the same design, on the meta device."""
     design = read_design(tensors)
     width, hidden = tensors["blocks.0.mlp.fc2.weight"].shape
     if int(width * design["mlp_ratio"]) < hidden:  # where the quotient was rounded down
@@ -205,7 +204,7 @@ def _copy_scales(ours: T2TViT, modules: dict[str, nn.Module]) -> None:
 
 
 def _copy_training(ours: T2TViT, modules: dict[str, nn.Module], training: bool) -> None:
-    """The mode of each module, for parts may be frozen; that of the one around it where there is no counterpart."""
+    """Copy each module's training mode, as parts may be frozen. A module without a counterpart takes its parent's."""
     for name, module in ours.named_modules():
         while name and name not in modules:
             name = name.rpartition(".")[0]
@@ -213,7 +212,7 @@ def _copy_training(ours: T2TViT, modules: dict[str, nn.Module], training: bool) 
 
 
 def _blocks(ours: T2TViT) -> Iterator[tuple[str, Any]]:
-    """Names and blocks, without the transitions of the dense design."""
+    """The blocks and their names, without the transitions of the dense design."""
     for i, block in enumerate(ours.blocks):
         if hasattr(block, "attn"):
             yield f"blocks.{i}", block
@@ -224,7 +223,7 @@ def _token_transformers(ours: T2TViT) -> list[str]:
 
 
 def _rate(modules: dict[str, nn.Module], *names: str) -> float:
-    """The probability of the first dropout or drop-path there is; newer mmpretrain keeps some as plain numbers."""
+    """The rate of the first dropout or drop path that exists among ``names``; newer mmpretrain has plain numbers."""
     for name in names:
         parent, _, leaf = name.rpartition(".")
         found = getattr(modules.get(parent), leaf, None) if parent else modules.get(name)

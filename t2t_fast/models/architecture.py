@@ -1,4 +1,4 @@
-"""Which model a state dict belongs to, read off the names and shapes of its entries."""
+"""Recognise the model of a state dict by the names and shapes of its entries."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _PARAMETER = re.compile(
 )
 _PIXELS_PER_TOKEN = 16  # along one side: 4 * 2 * 2
 FIRST_KERNEL = 7
-_MAX_EXPANDED_BYTES = 2**30  # of a file's tensors that claim more values than it stores; the largest model has 0.26e9
+_MAX_EXPANDED_BYTES = 2**30  # for expanded tensors, which claim more values than the file stores; a model has 0.26e9
 
 
 def infer_architecture(
@@ -43,20 +43,20 @@ def infer_architecture(
 ) -> tuple[str, dict[str, Any]]:
     """Recognise the model that a state dict belongs to.
 
-    The number of heads leaves no trace in the weights, so models that differ in nothing else cannot be told apart:
-    the first of :data:`t2t_fast.models.variants.VARIANTS` is taken (``t2t_vit_14``, never ``t2t_vit_14_resnext``), and
+    Weights do not show the number of heads. Of models that differ in nothing else, the first in
+    :data:`t2t_fast.models.variants.VARIANTS` is taken (``t2t_vit_14``, never ``t2t_vit_14_resnext``);
     :func:`lookalikes` names the others.
 
     Args:
         state_dict: Official names to tensors (only shapes are read).
-        grid_size: Height and width in tokens of the position table's grid; None takes it for a square.
+        grid_size: Height and width of the position table's grid, in tokens; None means a square grid.
 
     Returns:
         The name of the model, and its keyword arguments ``num_classes`` (0 without a head), ``in_chans``,
         ``token_dim``, ``qkv_bias`` and ``img_size``; the last only if the grid is given or can be a square.
 
     Raises:
-        CheckpointError: This is no T2T-ViT, or no named one; the message tells the closest and the differences.
+        CheckpointError: Not a T2T-ViT, or none with a name; the message names the closest model and the differences.
     """
     require_t2t_vit(state_dict)
     design = read_design(state_dict)
@@ -82,7 +82,7 @@ def infer_architecture(
 
 
 def lookalikes(name: str) -> tuple[str, ...]:
-    """The other models whose parameters have the very names and shapes of those of model ``name``."""
+    """The other models whose parameters have the same names and shapes as those of model ``name``."""
     return tuple(other for other in VARIANTS if other != name and _variant_design(other) == _variant_design(name))
 
 
@@ -94,7 +94,7 @@ def require_t2t_vit(
     Args:
         state_dict: Official names to tensors.
         found: The names before translation, for the message.
-        remarks: What else to tell.
+        remarks: Further text for the message.
     """
     missing = [name for name in _ESSENTIAL if name not in state_dict]
     if not any(name in state_dict for name in _TOKEN_LAYERS.values()):
@@ -113,12 +113,12 @@ def require_t2t_vit(
 
 
 def check_entries(state_dict: Mapping[str, Tensor]) -> None:
-    """Raise :class:`CheckpointError` unless every entry of a T2T-ViT's name is a tensor that may be its weight.
+    """Raise :class:`CheckpointError` unless every entry with the name of a T2T-ViT's weight can be that weight.
 
-    Looks at types, dtypes and numbers of dimensions, and allocates nothing.
+    Checks types, dtypes and numbers of dimensions, and allocates nothing.
 
     Args:
-        state_dict: Official names to tensors. Other names pass, and so does the head, which may be anything.
+        state_dict: Official names to tensors. Entries with other names are not checked, nor is the head.
     """
     claimed = {name: value.numel() * value.element_size() for name, value in state_dict.items() if _is_expanded(value)}
     if sum(claimed.values()) > _MAX_EXPANDED_BYTES:
@@ -148,17 +148,17 @@ def check_entries(state_dict: Mapping[str, Tensor]) -> None:
 
 
 def _is_expanded(value: Tensor) -> bool:
-    """Whether the tensor has more values than its memory: one row, say, that stands for all."""
+    """Whether the tensor has more values than its storage, as one row expanded to many has."""
     if type(value) not in (Tensor, nn.Parameter) or value.layout != torch.strided or value.is_meta:
         return False
     return value.numel() * value.element_size() > value.untyped_storage().nbytes()
 
 
 def _expected_ndim(name: str, ndim: int) -> tuple[int, ...]:
-    """The numbers of dimensions that a T2T-ViT's entry of this name may have; none for a name that it does not have."""
+    """The numbers of dimensions that a T2T-ViT's entry of this name may have; empty for a foreign name."""
     if name in ("cls_token", "pos_embed"):
         return (3,)
-    if (name, ndim) in (("head.weight", 2), ("head.bias", 1)):  # those of a Linear; other heads are anything
+    if (name, ndim) in (("head.weight", 2), ("head.bias", 1)):  # of a Linear; other heads are not checked
         return (ndim,)
     match = _PARAMETER.fullmatch(name)
     if not match:
@@ -174,7 +174,7 @@ def _expected_ndim(name: str, ndim: int) -> tuple[int, ...]:
 
 
 def describe_mismatch(given: Mapping[str, Any], own: Mapping[str, Any]) -> str:
-    """One line on how the entries of a file differ from a model's own, empty if they do not."""
+    """How the entries of a file differ from the model's, in one line; empty if they do not."""
     parts = {
         "missing": [name for name in own if name not in given],
         "unexpected": [name for name in given if name not in own],
@@ -192,12 +192,12 @@ def describe_mismatch(given: Mapping[str, Any], own: Mapping[str, Any]) -> str:
 
 
 def _shape(value: Any) -> tuple[int, ...] | str:
-    """The shape of a tensor, the type of what a quantised module has instead of one."""
+    """The shape of a tensor; for anything else, as quantised modules have, the name of its type."""
     return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
 
 
 def source_channels(state_dict: Mapping[str, Tensor]) -> int | None:
-    """The input channels that weights were made for, None where it cannot be read."""
+    """The number of input channels that the weights were made for, None if it cannot be read."""
     if "tokens_to_token.soft_split0.weight" in state_dict:
         return state_dict["tokens_to_token.soft_split0.weight"].shape[1]
     if "tokens_to_token.attention1.norm1.weight" in state_dict:
@@ -213,7 +213,7 @@ def square_side(table: Tensor) -> int | None:
 
 
 def read_design(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What the shapes tell of the constructor's arguments; facts that cannot be read are left out."""
+    """The constructor's arguments that names and shapes show; others are left out."""
     design: dict[str, Any] = {}
     for key, marks in (("tokens_type", _TOKEN_LAYERS), ("block_type", _BLOCKS)):
         value = next((value for value, mark in marks.items() if mark in state_dict), None)
@@ -244,7 +244,7 @@ def _variant_design(name: str) -> dict[str, Any]:
 
 
 def _closest_variant(design: Mapping[str, Any]) -> tuple[str, list[str]]:
-    """The named model with the fewest differences to a (possibly partial) design, and the differences in words."""
+    """The named model that differs least from a (possibly partial) design, and the differences as texts."""
 
     def distance(name: str) -> tuple[int, float]:
         wanted = _variant_design(name)

@@ -1,8 +1,8 @@
-"""Weights in and out: read any published T2T-ViT checkpoint, recognise its model, fit it to another one, save it.
+"""Checkpoints: read any published T2T-ViT, recognise its model, fit the weights to another model, and save them.
 
-Nothing in a file is ever executed: pickles go through ``torch.load(weights_only=True)``, NumPy archives are read with
-``allow_pickle=False``. Parameter names are the official ones everywhere behind :func:`read_checkpoint`; see
-:mod:`t2t_fast.models.layouts` for the others.
+Nothing in a file is executed: pickles are read with ``torch.load(weights_only=True)``, NumPy archives with
+``allow_pickle=False``. :func:`read_checkpoint` returns the official parameter names; for other layouts of names see
+:mod:`t2t_fast.models.layouts`.
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ class Checkpoint:
         path: The file, or the folder.
         state_dict: Official names to CPU tensors, dtypes as in the file.
         layout: The layout of the file, one of :data:`t2t_fast.models.layouts.LAYOUTS`.
-        source: The container the weights were in, such as ``"state_dict_ema"`` or ``"state_dict"``, or ``"bare"`` for a
-            file that is itself the state dict.
-        notes: What a user should know about the choice made.
-        grid_size: Height and width in tokens of the position table's grid, None where the file does not tell.
-        config: The ``config.json`` of a folder, else empty.
+        source: The dictionary in the file that held the weights, such as ``"state_dict_ema"``; ``"bare"`` if the file
+            itself is the state dict.
+        notes: What a user should know about the choice of ``source``.
+        grid_size: Height and width of the position table's grid, in tokens; None if the file does not record them.
+        config: The content of ``config.json`` in a folder; empty for a file.
     """
 
     path: Path
@@ -73,12 +73,12 @@ class Checkpoint:
 
 
 def read_checkpoint(path: str | os.PathLike[str], use_ema: bool = True) -> Checkpoint:
-    """Read the weights of a T2T-ViT from a file, whichever project wrote it, without executing anything in it.
+    """Read the weights of a T2T-ViT from a file of any project, without executing anything in it.
 
     Args:
-        path: A file by ``torch.save``, safetensors or ``numpy.savez`` (the content decides, not the suffix); an index
-            of shards (``*.index.json``); or a folder with one of these, and perhaps a ``config.json``.
-        use_ema: Prefer the averaged weights where the file has both.
+        path: A file by ``torch.save``, safetensors or ``numpy.savez`` (recognised by content, not by suffix); an index
+            of shards (``*.index.json``); or a folder with one of these, and possibly a ``config.json``.
+        use_ema: Prefer the averaged weights if the file has both.
 
     Raises:
         OSError: There is no such file, it may not be read, or it is a device or FIFO.
@@ -91,7 +91,7 @@ def read_checkpoint(path: str | os.PathLike[str], use_ema: bool = True) -> Check
 
 
 def _as_path(path: str | os.PathLike[str]) -> Path:
-    if not os.fspath(path):  # which would be the working directory
+    if not os.fspath(path):  # Path("") is the working directory
         raise ValueError(f"path={path!r} is no name of a file")
     return Path(path)
 
@@ -112,12 +112,12 @@ def _translate(path: Path, file: WeightFile, found: FoundWeights) -> Checkpoint:
         raise CheckpointError(f"{path}: {error}") from error
     grid = found.grid or grid_of_config(file.config.get("pretrained_cfg"))
     if grid and "pos_embed" in state_dict and grid[0] * grid[1] + 1 != state_dict["pos_embed"].shape[1]:
-        grid = None  # a note of another state of the model
+        grid = None  # it describes another state of the model
     return Checkpoint(path, state_dict, layout, found.source, found.notes + found.ignored, grid, file.config)
 
 
 def grid_of_config(pretrained_cfg: Any) -> tuple[int, int] | None:
-    """The grid that the input size of timm's ``pretrained_cfg`` implies, None where there is none."""
+    """The grid that the input size in timm's ``pretrained_cfg`` gives; None without an input size."""
     size = pretrained_cfg.get("input_size") if isinstance(pretrained_cfg, Mapping) else None
     pixels = as_grid(size[1:]) if isinstance(size, tuple | list) else None
     return TokensToToken.grids(*pixels)[2] if pixels and min(pixels) >= 16 else None
@@ -133,26 +133,27 @@ def load_checkpoint(
 ) -> dict[str, Tensor]:
     """Read a checkpoint and, given a model, fit its weights to the model and load them.
 
-    Weights whose names and shapes already are the model's own are loaded as they are, whatever the model's head and
-    modules have become. Others are translated to the official names and fitted by :func:`adapt_state_dict`.
+    Weights with exactly the model's names and shapes are loaded unchanged, even if the model's head or other modules
+    were replaced. Other weights get the official names and are fitted by :func:`adapt_state_dict`.
 
     Args:
-        path: See :func:`read_checkpoint`; or what was read already: a state dict, or a trainer's dictionary around it.
-        model: A T2T-ViT of this library (inside DataParallel or ``torch.compile``, too), or None only to read.
-        use_ema: Prefer the averaged weights where the file has both.
-        strict: Insist that the names of file and model agree.
-        grid_size: Height and width in tokens of the file's position table. Needed to resize a table of a grid that is
-            not square, where the file does not tell it; files by this library do.
+        path: As for :func:`read_checkpoint`; or a dictionary: a state dict, or a trainer's dictionary around it.
+        model: A T2T-ViT of this library, also inside DataParallel or ``torch.compile``; None only reads.
+        use_ema: Prefer the averaged weights if the file has both.
+        strict: Require file and model to have the same names.
+        grid_size: Height and width of the file's position table, in tokens. Needed to resize a table of a grid that is
+            not square, if the file does not record its grid; files by this library record it.
 
     Returns:
-        The (adapted) state dict, with official names unless the names were the model's own already. Notes go to the
-        logger ``t2t_fast``.
+        The state dict as loaded. Its names are the official ones, or the model's own where the file had those. Notes
+        go to the logger ``t2t_fast``.
 
     Raises:
         OSError: There is no such file, it may not be read, or it is a device or FIFO.
         ValueError: ``path`` is empty.
         CheckpointError: The file holds no T2T-ViT, or one that does not fit the model.
-        TypeError: ``model`` is no T2T-ViT of this library, and the names are not its own; or ``grid_size`` is no pair.
+        TypeError: ``model`` is not a T2T-ViT of this library and has other names than the file; or ``grid_size`` is no
+            pair.
     """
     if model is not None and not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module or None, got {type(model).__name__}")
@@ -180,7 +181,7 @@ def load_checkpoint(
 def load_into(
     model: nn.Module, checkpoint: Checkpoint, strict: bool = True, grid_size: tuple[int, int] | None = None
 ) -> dict[str, Tensor]:
-    """Fit the weights of a checkpoint to a model and load them; as :func:`load_checkpoint`, the file being read."""
+    """Fit the weights of a checkpoint to a model and load them, as :func:`load_checkpoint` does after reading."""
     path = checkpoint.path
     log_notes(checkpoint.notes, path)
     inner = t2t_vit_inside(model)
@@ -189,7 +190,7 @@ def load_into(
             f"model must be a T2T-ViT of this library, or have the very names and shapes of {path}; got "
             f"{type(model).__name__}"
         )
-    own_names = {unwrapped(name): name for name in inner.state_dict()}  # with those of compiled blocks and the like
+    own_names = {unwrapped(name): name for name in inner.state_dict()}  # compiled blocks have longer names
     try:
         adapted, notes = adapt_state_dict(checkpoint.state_dict, inner, checkpoint.grid_size or grid_size)
         _check_fit(adapted, inner, strict)
@@ -201,7 +202,7 @@ def load_into(
 
 
 def _check_fit(adapted: Mapping[str, Any], model: nn.Module, strict: bool) -> None:
-    """Raise unless ``load_state_dict`` would take all of ``adapted``: a refused file changes nothing."""
+    """Raise unless ``load_state_dict`` would take all of ``adapted``, so that a refused file changes nothing."""
     own = {unwrapped(name): value for name, value in model.state_dict().items()}
     for name, value in adapted.items():
         both = isinstance(value, Tensor) and isinstance(own.get(name), Tensor)
@@ -214,7 +215,7 @@ def _check_fit(adapted: Mapping[str, Any], model: nn.Module, strict: bool) -> No
 
 
 def _are_own(entries: Mapping[str, Any], model: nn.Module) -> bool:
-    """Whether names, types and shapes are the model's own, and no kind of number would silently become another."""
+    """Whether names, shapes and kinds of values (float, integer, quantised) are the model's own."""
     own = model.state_dict()
     return entries.keys() == own.keys() and all(_is_alike(given, own[name]) for name, given in entries.items())
 
@@ -222,7 +223,7 @@ def _are_own(entries: Mapping[str, Any], model: nn.Module) -> bool:
 def _fit_own(
     found: FoundWeights, model: nn.Module, grid_size: tuple[int, int] | None
 ) -> tuple[dict[str, Any], list[str]]:
-    """Entries that are the model's own, the position table resized if it is known to be of another grid."""
+    """The entries, which have the model's names and shapes; the position table resized if its grid is another one."""
     entries: Any = OrderedDict(found.entries)
     metadata = getattr(found.entries, "_metadata", None)
     if isinstance(metadata, Mapping) and all(isinstance(own, Mapping) for own in metadata.values()):
@@ -244,7 +245,7 @@ def _is_alike(given: Any, own: Any) -> bool:
 
 
 def log_notes(notes: Iterable[str], origin: object) -> None:
-    """Log notes about ``origin`` to ``t2t_fast``: a :class:`LoudNote` as a warning, others for information."""
+    """Log notes about ``origin`` to the logger ``t2t_fast``: each :class:`LoudNote` as a warning, others as info."""
     for note in notes:
         _logger.log(logging.WARNING if isinstance(note, LoudNote) else logging.INFO, "%s: %s", origin, note)
 
@@ -262,25 +263,25 @@ def save_checkpoint(
         path: ``.pth``, ``.pth.tar`` or ``.pt`` (a dictionary with the weights in ``state_dict``), ``.safetensors`` or
             ``.npz``. An existing file is replaced once the new one is complete.
         layout: ``"official"``, ``"mmpretrain"`` or ``"paddlevit"``.
-        grid_size: Height and width in tokens of the position table's grid, recorded beside the weights. None takes what
-            ``T2TViT.state_dict()`` carries with it.
+        grid_size: Height and width of the position table's grid, in tokens, to record beside the weights. None takes
+            the grid that ``T2TViT.state_dict()`` carries in its metadata.
 
     Symbolic links are followed; a device or FIFO is written to directly.
 
     Raises:
-        LayoutError: The project of ``layout`` has no such model.
+        LayoutError: ``layout`` cannot express this model.
         CheckpointError: Unknown suffix, or a tensor that the format cannot hold.
-        TypeError: ``state_dict`` is no mapping, or an entry of it no tensor.
+        TypeError: ``state_dict`` is not a mapping, or one of its entries not a tensor.
         OSError: The file cannot be written (``filename`` is ``path``); the old one is untouched.
     """
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"state_dict must be a mapping of names to tensors, got {type(state_dict).__name__}")
     check_checkpoint_target(path)
     tensors = from_official({name: _storable(name, value) for name, value in state_dict.items()}, layout)
-    tensors = {name: value.contiguous() for name, value in tensors.items()}  # those of PaddleViT are transposed
+    tensors = {name: value.contiguous() for name, value in tensors.items()}  # PaddleViT's are transposed views
     try:
         data = _serialise(tensors, Path(path).suffix, as_grid(grid_size) or recorded_grid(state_dict))
-    except (KeyError, TypeError, ValueError, RuntimeError, safetensors.SafetensorError) as error:  # a dtype they lack
+    except (KeyError, TypeError, ValueError, RuntimeError, safetensors.SafetensorError) as error:  # an unknown dtype
         dtypes = ", ".join(sorted({str(value.dtype) for value in tensors.values()}))
         raise CheckpointError(
             f"path={str(path)!r}: the format cannot hold these tensors ({dtypes}): {error}"
@@ -289,7 +290,7 @@ def save_checkpoint(
 
 
 def check_checkpoint_target(path: str | os.PathLike[str]) -> None:
-    """Find out before the work whether :func:`save_checkpoint` could write to ``path``.
+    """Check, before the work is done, that :func:`save_checkpoint` can write to ``path``.
 
     Raises:
         CheckpointError: Unknown suffix.
@@ -301,7 +302,7 @@ def check_checkpoint_target(path: str | os.PathLike[str]) -> None:
 
 
 def _storable(name: str, value: Any) -> Tensor:
-    """A contiguous copy on the CPU, so that tensors which share memory become separate ones."""
+    """A contiguous copy on the CPU; tensors that share memory become separate ones."""
     if not isinstance(value, Tensor):
         raise TypeError(f"state_dict[{name!r}] must be a tensor, got {type(value).__name__}")
     if value.layout != torch.strided or value.is_quantized or value.is_meta:
@@ -311,13 +312,13 @@ def _storable(name: str, value: Any) -> Tensor:
 
 
 def _serialise(tensors: dict[str, Tensor], suffix: str, grid: tuple[int, int] | None) -> bytes:
-    """The file's content. In memory, for what the libraries raise on a full disk is not always an ``OSError``."""
+    """The file's content, made in memory: on a full disk the libraries do not always raise ``OSError``."""
     if suffix == ".safetensors":
         recorded = {} if grid is None else {GRID_KEY: f"{grid[0]}x{grid[1]}"}
         return safetensors.torch.save(tensors, metadata={"format": "pt", **recorded})
     buffer = io.BytesIO()
     if suffix == ".npz":
-        # NumPy has neither bfloat16 nor float8; float32 holds their every value.
+        # NumPy has neither bfloat16 nor float8; float32 holds all their values.
         known = (torch.float16, torch.float32, torch.float64)
         arrays = {
             k: (v.float() if v.is_floating_point() and v.dtype not in known else v).numpy() for k, v in tensors.items()

@@ -1,4 +1,4 @@
-"""Where in a trainer's file the weights are: its containers, its prefixes, its averaged copies."""
+"""Find the weights in a trainer's file: nested dictionaries (containers), prefixes of names, averaged copies."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from .layouts import CheckpointError, find_prefixes, names_under, some
 from .pickles import StandIn
 from .weight_files import GRID_KEY
 
-# Containers and prefixes by preference, the averaged weights' apart. Others are searched, and taken if there is one.
+# Known containers and prefixes by preference. Others are searched too, and taken if there is exactly one.
 _KNOWN = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict", "model_state", "module", "")
 _KNOWN_PREFIXES = ("", "module.", "model.", "backbone.")
 _AVERAGED = re.compile(r"(?i:(^|[._])(ema|averaged?|avg|swa)([._]|$))|EMA")
-# Trainers that swap both kinds before they save: `state_dict` has the averaged weights, this entry the trained ones.
-# Each trainer is known by what else it writes (mmengine, Lightning).
+# mmengine and Lightning swap weights before they save: `state_dict` gets the averaged ones, the key here the trained
+# ones. The value is an entry by which the trainer is recognised.
 _SWAPPED = {"ema_state_dict": "message_hub", "current_model_state": "pytorch-lightning_version"}
 _MAX_DEPTH = 4
 _MAX_DICTIONARIES = 1000
@@ -30,13 +30,13 @@ class FoundWeights:
     """The weights of one model in a file.
 
     Attributes:
-        entries: All that is in the container: names as in the file to tensors, mostly.
-        tensors: The tensors and NumPy arrays among them.
-        names: Those of the names that belong to the model, each without its prefix.
-        source: The container, ``"bare"`` for the file itself.
+        entries: The whole container: names as in the file to values, most of them tensors.
+        tensors: The tensors and NumPy arrays among ``entries``.
+        names: The names in the file that belong to the model, to the same names without the prefix.
+        source: The container's key; ``"bare"`` for the file itself.
         notes: What a user should know about the choice of the container.
-        ignored: What of the container is not the model's, in words.
-        grid: Height and width in tokens of the position table's grid, where the file tells them.
+        ignored: Texts about entries of the container that do not belong to the model.
+        grid: Height and width of the position table's grid, in tokens, if the file records them.
     """
 
     entries: Mapping[Any, Any]
@@ -61,7 +61,7 @@ class _Candidate:
 
     @property
     def rank(self) -> int:
-        """Position among the known containers; the same for all others."""
+        """Position among the known containers; unknown ones share the last position."""
         container = self.path[-1] if self.path else ""
         known = container in _KNOWN and len(self.path) < 2 and self.prefix in _KNOWN_PREFIXES
         return _KNOWN.index(container) if known else len(_KNOWN)
@@ -71,18 +71,18 @@ class _Candidate:
 
 
 def find_weights(content: Mapping[Any, Any], use_ema: bool, grid: Any = None) -> FoundWeights:
-    """Find the weights of a T2T-ViT in what a file holds.
+    """Find the weights of a T2T-ViT in the content of a file.
 
     Args:
         content: Names to tensors, or a trainer's dictionary around them, nested or not.
-        use_ema: Prefer averaged weights where there are both.
-        grid: The grid of the position table as the file records it, whatever its type.
+        use_ema: Prefer averaged weights if there are both.
+        grid: The position table's grid as the file records it, unchecked.
 
     Returns:
-        The weights. Where no T2T-ViT is found, the likeliest container with all its names, for a message.
+        The weights. If no T2T-ViT is found, the likeliest container with all its names, for an error message.
 
     Raises:
-        CheckpointError: There are several models, and nothing tells which one is meant.
+        CheckpointError: There are several models, and no way to tell which one is meant.
     """
     candidates = list(_search(content, (), iter(range(_MAX_DICTIONARIES))))
     if not candidates:
@@ -101,7 +101,7 @@ def find_weights(content: Mapping[Any, Any], use_ema: bool, grid: Any = None) ->
         notes.append(f"took the averaged weights in {chosen}: the file has no others")
     tensors, rest = _tensors_of(chosen.entries)
     names = names_under(chosen.prefix, tensors)
-    if chosen.prefix == "":  # a second model may stand beside the first, under a prefix
+    if chosen.prefix == "":  # a second model, under a prefix, may be in the same container
         for other in find_prefixes(tensors):
             if other:
                 names = {name: bare for name, bare in names.items() if not bare.startswith(other)}
@@ -116,22 +116,22 @@ def find_weights(content: Mapping[Any, Any], use_ema: bool, grid: Any = None) ->
 
 
 def recorded_grid(state_dict: Mapping[Any, Any], prefix: str = "") -> tuple[int, int] | None:
-    """The grid that ``T2TViT.state_dict()`` carries in its metadata, None where there is none."""
+    """The grid in the metadata of a ``T2TViT.state_dict()``; None without one."""
     metadata = getattr(state_dict, "_metadata", None)
     own = metadata.get(prefix.removesuffix(".")) if isinstance(metadata, Mapping) else None
     return as_grid(own.get(GRID_KEY)) if isinstance(own, Mapping) else None
 
 
 def as_grid(value: Any) -> tuple[int, int] | None:
-    """A recorded grid as a pair of positive ints, None for anything else."""
+    """``value`` if it is a pair of positive ints, else None."""
     if isinstance(value, tuple | list) and len(value) == 2 and all(type(side) is int and side > 0 for side in value):
         return value[0], value[1]
     return None
 
 
 def _search(entries: Mapping[Any, Any], path: tuple[str, ...], budget: Iterator[int]) -> Iterator[_Candidate]:
-    """Every place where a T2T-ViT's names stand, in a file's dictionaries and in those inside them."""
-    if next(budget, None) is None:  # dictionaries may hold one another
+    """Every container and prefix with a T2T-ViT's names, in ``entries`` and the dictionaries nested in it."""
+    if next(budget, None) is None:  # dictionaries may contain each other
         return
     tensors, _ = _tensors_of(entries)
     for prefix in find_prefixes(tensors):

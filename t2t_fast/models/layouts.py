@@ -1,4 +1,4 @@
-"""State-dict layouts of T2T-ViT and the way between them.
+"""State-dict layouts of T2T-ViT, and translation between them.
 
 Three projects publish weights of this model, each with its own parameter names:
 
@@ -11,11 +11,12 @@ mmpretrain    ``backbone.tokens_to_token``             ``backbone.encoder.0``   
 paddlevit     ``patch_embed.attn1.norm1``              ``blocks.0.mlp.fc1``                 ``head``
 ============  =======================================  ===================================  =====================
 
-PaddlePaddle keeps the weight of a Linear as (in, out): PaddleViT's matrices are the transposes of the others.
-Neither foreign project has the SE, ghost, dense or convolution-token designs, and mmpretrain lacks the performer.
+PaddlePaddle stores the weight of a Linear as (in, out), so PaddleViT's matrices are transposed.
+Neither mmpretrain nor PaddleViT has the SE, ghost, dense or convolution-token designs; mmpretrain also lacks the
+Performer.
 
-Reading is lenient: a name that no rule knows passes unchanged, for ``load_state_dict`` to report. Writing is strict:
-a name that the target layout has no place for raises :class:`LayoutError`.
+Reading is lenient: unknown names pass unchanged, and ``load_state_dict`` reports them. Writing is strict: a name that
+the target layout cannot express raises :class:`LayoutError`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from torch import Tensor
 
 LAYOUTS: tuple[str, ...] = ("official", "mmpretrain", "paddlevit")
 
-# What wrappers put in front of every name, and what those of single modules (compiled, sharded, ...) put inside.
+# Wrappers of whole models prefix every name; wrappers of single modules (compiled, sharded, ...) add a part inside.
 _WRAPPERS = ("module.", "model.", "backbone.")
 _INNER_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 
@@ -73,7 +74,7 @@ _TRANSFORMER_NAMES = (
 )
 _PERFORMER_NAMES = r"tokens_to_token\.attention[12]\.(w|(norm[12]|kqv|proj|mlp\.[02])\.(weight|bias))"
 
-# The official names that a layout has a place for, and what its project implements, for the error message.
+# The official names that a layout can express, and the designs that its project implements, for the error message.
 _REPRESENTABLE: dict[str, tuple[re.Pattern[str], str]] = {
     "mmpretrain": (re.compile(_TRANSFORMER_NAMES), "transformer tokens and standard blocks only"),
     "paddlevit": (
@@ -91,15 +92,15 @@ _MARKS: dict[str, re.Pattern[str]] = {
 
 
 class CheckpointError(ValueError):
-    """A file, or a state dict, that does not hold the weights asked for."""
+    """A file or a state dict does not hold the weights asked for."""
 
 
 class LayoutError(CheckpointError):
-    """A name, or a whole model, that a layout cannot express."""
+    """A layout cannot express a name or a whole model."""
 
 
 def some(names: Sequence[str], count: int = 4) -> str:
-    """The first few names, in one line, and how many more there are."""
+    """The first ``count`` names in one line, and how many more there are."""
     more = f" and {len(names) - count} more" if len(names) > count else ""
     shown = [name if name.isprintable() else ascii(name) for name in (name[:200] for name in names[:count])]
     return ", ".join(shown) + more if names else "nothing"
@@ -112,8 +113,8 @@ def detect_layout(names: Iterable[str]) -> str:
         names: Parameter names, with or without wrapper prefixes such as ``module.``.
 
     Returns:
-        ``"mmpretrain"`` or ``"paddlevit"`` if a name is peculiar to it, else ``"official"``. This is no proof that
-        the names belong to a T2T-ViT at all.
+        ``"mmpretrain"`` or ``"paddlevit"`` if a name occurs in that layout alone, else ``"official"``. The names need
+        not belong to a T2T-ViT.
     """
     bare = [_strip(name) for name in names]
     for layout, mark in _MARKS.items():
@@ -142,10 +143,10 @@ def _translate(name: str, layout: str) -> str:
 
 
 def foreign_name(name: str, layout: str) -> str:
-    """What ``layout`` calls the parameter with the official name ``name``.
+    """The name in ``layout`` of the parameter with the official name ``name``.
 
     Raises:
-        LayoutError: ``layout`` is not one of :data:`LAYOUTS`, or has no place for such a parameter.
+        LayoutError: ``layout`` is not one of :data:`LAYOUTS`, or cannot express such a parameter.
     """
     _check_layout(layout)
     if layout in _REPRESENTABLE:
@@ -158,7 +159,7 @@ def foreign_name(name: str, layout: str) -> str:
 
 
 def to_official(state_dict: Mapping[str, Tensor | np.ndarray]) -> tuple[dict[str, Tensor], str]:
-    """Rename, and where necessary transpose, a state dict of any layout to the official one.
+    """Rename the entries of a state dict of any layout to the official names, and transpose matrices where necessary.
 
     Args:
         state_dict: Names to tensors or NumPy arrays. Wrapper prefixes are removed.
@@ -172,7 +173,7 @@ def to_official(state_dict: Mapping[str, Tensor | np.ndarray]) -> tuple[dict[str
         LayoutError: Two entries have the same official name.
     """
     layout = detect_layout(state_dict)
-    # A bare state dict has no prefix: a module of its own called `backbone` or `model` keeps that name.
+    # In a bare state dict `backbone.` or `model.` is the name of a module of its own, not a wrapper: it stays.
     is_bare = "" in find_prefixes(state_dict)
     official: dict[str, Tensor] = {}
     for name, value in state_dict.items():
@@ -194,30 +195,30 @@ def from_official(state_dict: Mapping[str, Tensor], layout: str) -> dict[str, Te
         The renamed state dict in the same order (tensors are shared, not copied, except transposed ones).
 
     Raises:
-        LayoutError: ``layout`` is unknown, or its project has no such model.
+        LayoutError: ``layout`` is unknown, or cannot express this model.
     """
     _check_layout(layout)
     return {foreign_name(name, layout): _relayout(name, value, layout) for name, value in state_dict.items()}
 
 
 def unwrapped(name: str) -> str:
-    """``name`` without what wrappers of single modules put inside: ``blocks.0`` of ``blocks.0._orig_mod``."""
+    """``name`` without the parts that wrappers of single modules add: ``blocks.0`` for ``blocks.0._orig_mod``."""
     for wrapper in _INNER_WRAPPERS:
         name = name.replace(wrapper, "")
     return name
 
 
 def find_prefixes(names: Iterable[str]) -> list[str]:
-    """Every prefix under which a T2T-ViT's names stand, in any layout; ``""`` for a bare state dict."""
+    """Every prefix that a T2T-ViT's names have, in any layout; ``""`` for a bare state dict."""
     bare = [unwrapped(name) for name in names]
     prefixes = [name.removesuffix(_ANCHOR) for name in bare if name == _ANCHOR or name.endswith("." + _ANCHOR)]
     return [p for p in prefixes if any(name.startswith(tuple(p + m for m in _TOKEN_MODULES)) for name in bare)]
 
 
 def names_under(prefix: str, names: Iterable[str]) -> dict[str, str]:
-    """The names that stand under a prefix, each with what is left of it behind the prefix.
+    """The names with a prefix, to the same names without it.
 
-    A head beside a ``backbone.`` without one, as mmpretrain has it, belongs to it.
+    mmpretrain has the head beside ``backbone.``, not inside: it is included.
 
     Raises:
         LayoutError: Two entries have the same name.

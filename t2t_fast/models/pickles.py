@@ -1,8 +1,8 @@
-"""Pickled checkpoints read as data: tensors and plain containers become real, every other object a stand-in.
+"""Read pickled checkpoints as data: tensors and plain containers are loaded, every other object becomes a stand-in.
 
-``torch.load(weights_only=True)`` does the reading, so nothing in a file is executed. It refuses files that hold
-anything but tensors and plain containers. Trainers save more: metrics, paths, configurations, random states. Here each
-class or function that such a file names is replaced by a class of our own that takes any arguments and does nothing.
+``torch.load(weights_only=True)`` reads the file, so nothing in it is executed. Alone, it refuses files that hold
+anything but tensors and plain containers. Trainers save more: metrics, paths, configurations, random states. So each
+class or function that a file names is replaced by a class of ours that takes any arguments and does nothing.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import torch
 
 
 class PickledCode(Exception):
-    """A pickle names what runs code, such as ``os.system``; ``args`` are the names."""
+    """A pickle names functions that run code, such as ``os.system``; ``args`` are the names."""
 
 
 class StandIn:
-    """Replaces an object of a class that is not loaded: takes any arguments and any state, and does nothing."""
+    """Replaces an object of any other class: takes any arguments and any state, and does nothing."""
 
     def __new__(cls, *args: object, **kwargs: object) -> Any:
         return object.__new__(cls)
@@ -49,8 +49,7 @@ class _ListStandIn:
 
 _DICTS = ("collections.defaultdict",)
 _LISTS = ("collections.deque",)
-# A stand-in for these would execute nothing either. They are refused by name, for whoever finds them in a checkpoint
-# should know.
+# Stand-ins for these would also be harmless. They are refused all the same: a checkpoint that names them is suspicious.
 _CODE = re.compile(
     r"(os|nt|posix|sys|subprocess|_posixsubprocess|shutil|pty|runpy|importlib|imp|ctypes|_ctypes|code|codeop|marshal|pickle"
     r"|_pickle|socket|_socket|webbrowser|multiprocessing|asyncio|threading|_thread|gc|urllib|http\.client|ftplib|smtplib)"
@@ -63,19 +62,19 @@ def load_pickle(path: Path) -> Any:
     """Read a file by ``torch.save``, in its zip format or the one before, onto the CPU.
 
     Raises:
-        PickledCode: The file names what runs code.
-        Exception: Whatever ``torch.load`` raises on a damaged file.
+        PickledCode: The file names functions that run code.
+        Exception: Anything that ``torch.load`` raises on a damaged file.
     """
     stand_ins: dict[str, type] = {}
     _add(stand_ins, _unknown_names(path))
     while True:
         known: list[Any] = [(kind, name) for name, kind in stand_ins.items()]
         try:
-            # Opened here: by its name, torch would take a file for what its suffix says.
+            # Pass the open file: given a path, torch trusts the suffix.
             with torch.serialization.safe_globals(known), open(path, "rb") as file:
                 return torch.load(file, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
-            # Each round learns one more name, or how one of them is filled, so the rounds end.
+            # Each round adds a stand-in, or makes one a dict or a list, so the loop ends.
             if len(stand_ins) > _MAX_NAMES or not _learn(stand_ins, str(error)):
                 raise
 
@@ -84,12 +83,12 @@ def _unknown_names(path: Path) -> list[str]:
     try:
         with open(path, "rb") as file:
             return torch.serialization.get_unsafe_globals_in_checkpoint(file)
-    except Exception:  # files of torch before 1.6 are no archives: their names come one by one
+    except Exception:  # files of torch before 1.6 are not archives: load_pickle learns their names one by one
         return []
 
 
 def _learn(stand_ins: dict[str, type], message: str) -> bool:
-    """Add the stand-in whose absence ``message`` complains of; returns whether there was one to add."""
+    """Add the stand-in that ``message`` of torch misses; returns whether there was one to add."""
     for pattern, base in ((r"Can only SETITEMS? for dict", _DictStandIn), (r"Can only append to lists", _ListStandIn)):
         found = re.search(pattern + r".*got <class 'stand_in\.([^']+)'>", message, re.DOTALL)
         if found and not issubclass(stand_ins[found[1]], base):
@@ -103,7 +102,7 @@ def _learn(stand_ins: dict[str, type], message: str) -> bool:
 
 
 def _add(stand_ins: dict[str, type], names: list[str]) -> None:
-    names = [name if "." in name else f"builtins.{name}" for name in names]  # torch leaves that module's name out
+    names = [name if "." in name else f"builtins.{name}" for name in names]  # torch omits `builtins`
     refused = [name for name in names if _CODE.fullmatch(name)]
     if refused:
         raise PickledCode(*refused)
@@ -113,5 +112,5 @@ def _add(stand_ins: dict[str, type], names: list[str]) -> None:
 
 
 def _stand_in(name: str, base: type) -> type:
-    """A class of its own for each name, so that messages can tell what was replaced."""
+    """A new class with the name of the class that it replaces, so that messages can show it."""
     return type(name, (base,), {"__module__": "stand_in"})

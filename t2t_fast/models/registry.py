@@ -45,10 +45,10 @@ def _cfg(name: str, url: str = "", image_size: int = 224, **kwargs: Any) -> dict
         "interpolation": "bicubic",
         "mean": IMAGENET_DEFAULT_MEAN,
         "std": IMAGENET_DEFAULT_STD,
-        # Without a first convolution there is nothing that timm could adapt to in_chans; the loader does it.
+        # Soft splits have no convolution that timm could adapt to in_chans: our loader adapts them.
         "first_conv": "tokens_to_token.soft_split0" if convolutional else (),
         "classifier": "head",
-        "custom_load": True,  # files go to T2TViT.load_pretrained, which reads all that load_checkpoint does
+        "custom_load": True,  # T2TViT.load_pretrained reads the file, as load_checkpoint does
         "license": "bsd-3-clause-clear",
         "paper_ids": "arXiv:2101.11986",
         **kwargs,
@@ -71,9 +71,9 @@ default_cfgs = generate_default_cfgs(_default_cfgs())
 def _create(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     out_indices = kwargs.pop("out_indices", 3)
     overlay = kwargs.get("pretrained_cfg_overlay") or {}
-    if overlay.get("file"):  # read by T2TViT.load_pretrained, too, which knows more than timm's reader
+    if overlay.get("file"):  # read by T2TViT.load_pretrained, which knows more formats than timm
         kwargs["pretrained_cfg_overlay"] = {"custom_load": True, **overlay}
-    if not isinstance(kwargs.get("img_size"), int | None):  # timm records plain numbers
+    if not isinstance(kwargs.get("img_size"), int | None):  # timm records it, and needs plain numbers
         kwargs["img_size"] = as_pair("img_size", kwargs["img_size"], 16)
     arguments = {**VARIANTS[name].kwargs, **kwargs}
     model_class = T2TViTDense if arguments["block_type"] == "dense" else T2TViT
@@ -127,22 +127,22 @@ def create_model(
 
     Args:
         name: A name from :func:`list_models` (or its official spelling, ``T2t_vit_14``), optionally with a weight
-            tag (``t2t_vit_14.in1k_384``). None reads the architecture off ``checkpoint``.
-        checkpoint: A file of any layout that :func:`t2t_fast.load_checkpoint` reads. What the call leaves open
-            (``num_classes``, ``img_size``, ``in_chans``, ``token_dim``) is taken from it if it holds a named design;
-            what the call fixes wins, and head, position table and first split are adapted.
+            tag (``t2t_vit_14.in1k_384``). None recognises the architecture from ``checkpoint``.
+        checkpoint: A file that :func:`t2t_fast.load_checkpoint` reads. If it holds a named design, arguments that are
+            not given (``num_classes``, ``img_size``, ``in_chans``, ``token_dim``) come from the file. Given arguments
+            win, and the head, position table and first split are adapted to them.
         pretrained: Download the official release's weights.
-        use_ema: Prefer averaged weights where the file holds both.
-        **kwargs: As for :class:`T2TViT`, ``backend="auto"`` among them.
+        use_ema: Prefer averaged weights if the file has both.
+        **kwargs: As for :class:`T2TViT`, for example ``backend="auto"``.
 
     Returns:
         The model, in training mode as ``timm.create_model`` returns it.
 
     Raises:
-        TypeError: ``name`` is no string, or one of ``kwargs`` is unknown or has another type.
+        TypeError: ``name`` is not a string, or one of ``kwargs`` is unknown or of a wrong type.
         ValueError: Neither ``name`` nor ``checkpoint``, both ``checkpoint`` and ``pretrained``, an unknown name, or
-            a checkpoint that is not one (:class:`t2t_fast.CheckpointError`).
-        FileNotFoundError: No file at ``checkpoint``.
+            a file without such a model (:class:`t2t_fast.CheckpointError`).
+        FileNotFoundError: There is no file ``checkpoint``.
     """
     if name is None and checkpoint is None:
         raise ValueError("create_model needs a name or checkpoint=; names: " + ", ".join(VARIANTS))
@@ -174,23 +174,23 @@ def create_model(
 
 
 def _cut_to_features(model: nn.Module, name: str, kwargs: dict[str, Any]) -> nn.Module:
-    """What ``features_only=True`` makes, with the weights of the whole model."""
+    """The model that ``features_only=True`` makes, with the weights of the whole model."""
     features = timm.create_model(name, features_only=True, **kwargs)
     weights = model.state_dict()
-    # timm's wrappers put the model into a module of their own: model., body., graph_module.
+    # timm wraps the model in a module of its own, which prefixes names: model., body., graph_module.
     names = {key: key if key in weights else key.partition(".")[2] for key in features.state_dict()}
     features.load_state_dict({key: weights[own] for key, own in names.items()})
     return features
 
 
 def _complete(name: str | None, checkpoint: Checkpoint, kwargs: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Name and keyword arguments, completed from a folder's ``config.json`` and from the weights."""
+    """Name and keyword arguments; those not given are read from a folder's ``config.json`` and from the weights."""
     try:
         inferred_name, inferred = infer_architecture(checkpoint.state_dict, checkpoint.grid_size)
     except CheckpointError as error:
         if name is None:
             raise CheckpointError(f"{checkpoint.path}: {error}") from error
-        return name, kwargs  # a custom width or depth: the call describes it
+        return name, kwargs  # a custom width or depth, which the arguments describe
     others = lookalikes(inferred_name)
     named = checkpoint.config.get("architecture")
     if named in (inferred_name, *others):
@@ -214,7 +214,7 @@ def _saved_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_inferred(name: str, inferred: dict[str, Any], checkpoint: Checkpoint) -> None:
-    """Raise unless the weights have the shapes of the model that they were taken for; asks for no memory."""
+    """Raise unless the weights have the shapes of the model ``name``; allocates no memory."""
     try:
         with torch.device("meta"):
             own = _create(name, pretrained=False, **inferred).state_dict()

@@ -27,7 +27,7 @@ from .weight_files import GRID_KEY
 
 try:
     from timm.models._input import update_model_input_size
-except ImportError:  # timm before 1.0.31 keeps no record of the size
+except ImportError:  # timm before 1.0.31 does not record the size
     update_model_input_size = None  # type: ignore[assignment]
 
 torch.fx.wrap("table_for_grid")
@@ -38,39 +38,40 @@ GLOBAL_POOLS = ("token", "avg", "")
 class T2TViT(nn.Module):
     """Tokens-to-Token Vision Transformer.
 
-    Image, three soft splits with a token layer after the first two, cls token and fixed sinusoid position table,
-    ``depth`` pre-norm blocks, LayerNorm, cls token, head (paper Fig. 2). Parameter names are the official ones.
+    From image to logits (paper Fig. 2): three soft splits, with a token layer after each of the first two; a cls token
+    in front, plus a fixed sinusoid position table; ``depth`` pre-norm blocks; LayerNorm; the cls token alone; head.
+    Parameter names are the official ones.
 
     Args:
         img_size: Height and width of the images in pixels, an int or a pair.
         tokens_type: Token layers: ``"performer"``, ``"transformer"`` or ``"convolution"``.
         in_chans: Channels of the images.
-        num_classes: Width of the head; 0 for none.
+        num_classes: Width of the head; 0 for no head.
         embed_dim: Width of the backbone.
         depth: Number of blocks.
         num_heads: Attention heads per block.
         mlp_ratio: Hidden width of the blocks' MLP over ``embed_dim``.
-        qkv_bias: Bias on the blocks' q, k, v projection.
-        qk_scale: Factor on the blocks' attention scores; None means ``head_dim**-0.5``, with which every released
-            checkpoint was trained.
+        qkv_bias: Whether the blocks' q, k, v projections have a bias.
+        qk_scale: Factor on the blocks' attention scores; None means ``head_dim**-0.5``, as for all released
+            checkpoints.
         drop_rate: Dropout after the position table, after projections and inside the blocks' MLPs.
         attn_drop_rate: Dropout on the blocks' attention weights.
-        drop_path_rate: Stochastic depth of the last block; earlier ones rise to it linearly.
-        norm_layer: Makes the blocks' norms and the last one; None and ``"layernorm"`` mean ``nn.LayerNorm``, other
-            words what ``timm.layers.get_norm_layer`` takes them for.
+        drop_path_rate: Stochastic depth rate of the last block; the rates rise linearly from 0 in the first block.
+        norm_layer: Class of the blocks' norms and the last norm; None and ``"layernorm"`` mean ``nn.LayerNorm``, other
+            names are those of ``timm.layers.get_norm_layer``.
         token_dim: Width of the tokens between the soft splits.
         block_type: See :class:`t2t_fast.layers.Block`.
         token_drop_rate: Dropout inside Performer token layers; the original fixes it at 0.1.
-        global_pool: ``"token"`` (cls token), ``"avg"`` (mean over the others) or ``""`` (none).
+        global_pool: ``"token"`` (cls token), ``"avg"`` (mean over the other tokens) or ``""`` (none).
         dynamic_img_size: Accept images of any size per call; the position table is interpolated and cached.
-        backend: Backend of every op in the model; ``"auto"`` leaves it to :func:`t2t_fast.use_backend`.
-        device: Where the parameters are made; None for torch's default device.
-        dtype: Their floating-point type; None for torch's default.
+        backend: Backend of every op in the model; ``"auto"`` leaves the choice to :func:`t2t_fast.use_backend`.
+        device: Device of the parameters; None for torch's default device.
+        dtype: Floating-point dtype of the parameters; None for torch's default.
 
-    Counts and sizes may be anything with ``__index__`` (NumPy's integers, too); they are kept as plain ints.
+    Counts and sizes may be anything with ``__index__``, such as NumPy's integers; they are stored as plain ints.
 
     Raises:
-        TypeError: An argument has another type.
+        TypeError: An argument has a wrong type.
         ValueError: An argument has an impossible value.
     """
 
@@ -101,17 +102,12 @@ class T2TViT(nn.Module):
     ) -> None:
         super().__init__()
         options = factory_options(device, dtype)
-        for name, flag in (("qkv_bias", qkv_bias), ("dynamic_img_size", dynamic_img_size)):
-            check_flag(name, flag)
-        drop_rate, attn_drop_rate, drop_path_rate, token_drop_rate = (
-            check_probability(name, rate)
-            for name, rate in (
-                ("drop_rate", drop_rate),
-                ("attn_drop_rate", attn_drop_rate),
-                ("drop_path_rate", drop_path_rate),
-                ("token_drop_rate", token_drop_rate),
-            )
-        )
+        check_flag("qkv_bias", qkv_bias)
+        check_flag("dynamic_img_size", dynamic_img_size)
+        drop_rate = check_probability("drop_rate", drop_rate)
+        attn_drop_rate = check_probability("attn_drop_rate", attn_drop_rate)
+        drop_path_rate = check_probability("drop_path_rate", drop_path_rate)
+        token_drop_rate = check_probability("token_drop_rate", token_drop_rate)
         self.in_chans = check_count("in_chans", in_chans, 1)
         self.num_classes = check_count("num_classes", num_classes, 0)
         self.embed_dim = check_count("embed_dim", embed_dim, 1)
@@ -130,12 +126,7 @@ class T2TViT(nn.Module):
             self.in_chans, self.embed_dim, token_dim, tokens_type, token_drop_rate, backend, **options
         )
         self.grid_size = self.tokens_to_token.grids(*self.img_size)[2]
-        num_tokens = self.grid_size[0] * self.grid_size[1] + self.num_prefix_tokens
-        if num_tokens * self.embed_dim > LARGEST:
-            raise ValueError(f"img_size={img_size!r} makes {num_tokens} tokens, too many for a position table")
-        self.cls_token = nn.Parameter(torch.empty(1, 1, self.embed_dim, **options))
-        self.pos_embed = nn.Parameter(torch.empty(1, num_tokens, self.embed_dim, **options), requires_grad=False)
-        self._tables: TableCache = {}
+        self._add_cls_token_and_positions(**options)
         self.pos_drop = nn.Dropout(drop_rate)
         make_block = partial(
             self._make_block,
@@ -164,10 +155,19 @@ class T2TViT(nn.Module):
 
     _make_block: Callable[..., nn.Module] = Block
 
+    def _add_cls_token_and_positions(self, **options: Any) -> None:
+        """Register both parameters, uninitialised; ``options`` are their device and dtype."""
+        num_tokens = self.grid_size[0] * self.grid_size[1] + self.num_prefix_tokens
+        if num_tokens * self.embed_dim > LARGEST:
+            raise ValueError(f"img_size={self.img_size} makes {num_tokens} tokens, too many for a position table")
+        self.cls_token = nn.Parameter(torch.empty(1, 1, self.embed_dim, **options))
+        self.pos_embed = nn.Parameter(torch.empty(1, num_tokens, self.embed_dim, **options), requires_grad=False)
+        self._tables: TableCache = {}
+
     def _make_blocks(
         self, make_block: Callable[..., nn.Module], drop_path_rates: list[float], **options: Any
     ) -> tuple[nn.ModuleList, int]:
-        """The blocks, and the width of the last one's output; ``options`` are those of parameters outside blocks."""
+        """The blocks, and the width of the last block's output; ``options`` are for parameters outside blocks."""
         blocks = [make_block(self.embed_dim, drop_path=rate) for rate in drop_path_rates]
         return nn.ModuleList(blocks), self.embed_dim
 
@@ -176,13 +176,13 @@ class T2TViT(nn.Module):
         return [self.embed_dim] * len(self.blocks)
 
     def init_weights(self, needs_reset: bool = True) -> None:
-        """Set every parameter anew: truncated normal (0.02) Linear weights and cls token, zero biases, as the original.
+        """Initialise all parameters as the original: truncated normal (0.02) Linear weights and cls token, zero biases.
 
-        With the same random seed they get the values that a new model has. So this serves for a model that was made on
-        the meta device, after ``to_empty``.
+        The same random seed gives the values of a new model. Call it after ``to_empty`` on a model that was made on the
+        meta device.
 
         Args:
-            needs_reset: Reset all modules first; False where they have just been constructed.
+            needs_reset: Reset all modules first; False if they have just been constructed.
         """
         for module in _children_first(self) if needs_reset else (self,):
             if callable(reset := getattr(module, "reset_parameters", None)):
@@ -193,13 +193,13 @@ class T2TViT(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Set the cls token and the position table, the parameters that belong to no module inside."""
+        """Initialise the cls token and the position table, the parameters of this module itself."""
         _truncated_normal_(self.cls_token)
         table = self.pos_embed
         table.copy_(sinusoid_table(table.shape[1], table.shape[2], table.device, table.dtype))
 
     def set_backend(self, backend: str) -> None:
-        """Take ``backend`` for every op in the model from now on; see :mod:`t2t_fast.dispatch`."""
+        """Use ``backend`` for every op in the model from now on; see :mod:`t2t_fast.dispatch`."""
         check_backend(backend)
         module: Any
         for module in self.modules():
@@ -208,12 +208,12 @@ class T2TViT(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that optimizers leave without weight decay."""
+        """Names of the parameters to which optimizers apply no weight decay."""
         return {"cls_token", "pos_embed"}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """timm's layer groups: the stem, then the blocks (one group of all splits, or per block)."""
+        """timm's layer groups: the stem, and one group per block."""
         return {
             "stem": r"^cls_token|pos_embed|tokens_to_token",
             "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
@@ -232,10 +232,10 @@ class T2TViT(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the head by a freshly initialised one of ``num_classes`` outputs (0: none).
 
-        It has the device, dtype and training mode of the model. ``global_pool`` None keeps the pooling.
+        The new head has the model's device, dtype and training mode. ``global_pool=None`` keeps the pooling.
 
         Raises:
-            TypeError: ``num_classes`` is no integer.
+            TypeError: ``num_classes`` is not an integer.
             ValueError: ``num_classes`` is negative, or ``global_pool`` unknown.
         """
         num_classes = check_count("num_classes", num_classes, 0)
@@ -256,11 +256,11 @@ class T2TViT(nn.Module):
 
         Args:
             img_size: Height and width in pixels; None keeps them.
-            patch_size: Taken as timm's models do; a T2T-ViT has 16 pixels between tokens, and takes no other number.
+            patch_size: For timm's interface; must be 16, the pixels between a T2T-ViT's tokens.
 
         Raises:
-            TypeError: An argument is no int or pair of ints.
-            ValueError: ``img_size`` is below 16, or ``patch_size`` another than 16.
+            TypeError: An argument is neither an int nor a pair of ints.
+            ValueError: ``img_size`` is below 16, or ``patch_size`` not 16.
         """
         if patch_size is not None and as_pair("patch_size", patch_size, 1) != (16, 16):
             raise ValueError(
@@ -276,20 +276,21 @@ class T2TViT(nn.Module):
             update_model_input_size(self, self.img_size)
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """What ``torch.jit.script`` calls first."""
+        """Refuse ``torch.jit.script``, which calls this first."""
         raise RuntimeError(
             f"torch.jit.script is not supported by {type(self).__name__}; use torch.jit.trace, torch.export or "
             "t2t_fast.export"
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_tables": {}}  # copies and pickles leave the cache behind
+        return {**self.__dict__, "_tables": {}}  # copies and pickles start with an empty cache
 
     def load_pretrained(self, checkpoint_path: str, prefix: str = "") -> None:
         """Load a checkpoint file of any known layout; timm calls this for ``pretrained=True`` and ``.npz`` files."""
         cfg = getattr(self, "pretrained_cfg", None) or {}
-        users = cfg.get("file") or str(checkpoint_path).endswith(".npz")  # whose image size the configuration is not
-        load_checkpoint(checkpoint_path, self, grid_size=None if users else grid_of_config(cfg))
+        # The configuration knows the image size of a released file, not that of a user's own.
+        own_file = cfg.get("file") or str(checkpoint_path).endswith(".npz")
+        load_checkpoint(checkpoint_path, self, grid_size=None if own_file else grid_of_config(cfg))
 
     def _embed(self, x: Tensor) -> Tensor:
         tokens = self.tokens_to_token(x)
@@ -300,9 +301,9 @@ class T2TViT(nn.Module):
 
     def _run_block(self, block: nn.Module, x: Tensor) -> Tensor:
         if self.grad_checkpointing and torch.is_grad_enabled() and not torch.jit.is_scripting():
-            if torch.compiler.is_compiling():  # one graph, whose backend is chosen now
+            if torch.compiler.is_compiling():  # the backend is chosen while the graph is traced
                 return checkpoint(block, x)
-            # Recomputation happens in backward, outside any use_backend block that is in force now.
+            # Backward recomputes the block, outside of a use_backend context that is active now.
             return checkpoint(partial(_run_with_backend, resolve_backend(), block), x)
         return block(x)
 
@@ -339,10 +340,10 @@ class T2TViT(nn.Module):
 
         Args:
             x: Images (B, in_chans, H, W).
-            indices: Blocks: the last n for an int n, those listed, or all for None.
+            indices: Which blocks: the last n for an int n, those in a list, all for None.
             return_prefix_tokens: Return each feature as a pair with its cls token (B, 1, C).
-            norm: Apply the last LayerNorm to each feature (only where its width fits).
-            stop_early: Do not run blocks after the last one asked for.
+            norm: Apply the last LayerNorm to each feature; its width must fit.
+            stop_early: Do not run the blocks after the last of ``indices``.
             output_fmt: ``"NCHW"`` for maps (B, C, h, w), ``"NLC"`` for tokens (B, h*w, C).
             intermediates_only: Return the features alone.
 
@@ -378,9 +379,9 @@ class T2TViT(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove what the features at ``indices`` do not need; returns the blocks kept as sources.
+        """Remove everything that the features at ``indices`` do not need; return the indices of their blocks.
 
-        The last LayerNorm goes too where the features left have another width.
+        The last LayerNorm is removed too if the remaining features have another width.
         """
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
         self.blocks = self.blocks[: max_index + 1]
@@ -426,9 +427,10 @@ def _children_first(module: nn.Module) -> Iterator[nn.Module]:
 
 @torch.no_grad()
 def _truncated_normal_(tensor: Tensor) -> None:
-    """Standard deviation 0.02, truncated at six of them, and drawn in float32 at least.
+    """Fill with a normal distribution of deviation 0.02, truncated at six deviations, drawn in float32 or better.
 
-    Uniform numbers that are rounded to -1, one of 2**24 in float32 and many in 16 bits, would else be outliers.
+    timm draws uniform numbers and maps -1 to a far outlier. Rounding yields -1 once in 2**24 numbers in float32, and
+    often in 16 bits; the truncation bounds it.
     """
     drawn = torch.empty_like(tensor, dtype=compute_dtype(tensor))
     tensor.copy_(trunc_normal_(drawn, std=0.02, a=-0.12, b=0.12))
@@ -446,14 +448,14 @@ def _run_with_backend(backend: str, block: nn.Module, x: Tensor) -> Tensor:
 
 
 def _record_grid(module: nn.Module, state_dict: Any, prefix: str, local_metadata: dict[str, Any]) -> None:
-    """Let ``state_dict()`` carry the grid of its position table; torch.save and copies keep a state dict's metadata."""
+    """Record the position table's grid in the metadata of ``state_dict()``, which torch.save and copies keep."""
     local_metadata[GRID_KEY] = module.grid_size
 
 
 def adapt_for_loading(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """timm's filter for pretrained weights: official names, fitted to ``model``.
 
-    What is missing is left for the caller to report.
+    The caller reports missing entries.
     """
     found = find_weights(state_dict, use_ema=True)
     official, _ = to_official({bare: found.tensors[name] for name, bare in found.names.items()})

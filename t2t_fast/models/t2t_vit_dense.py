@@ -16,13 +16,13 @@ class T2TViTDense(T2TViT):
     """Densely connected T2T-ViT.
 
     Args:
-        growth_rate: Channels that each block appends.
-        block_config: Blocks per stage; a transition stands between two stages.
+        growth_rate: Number of channels that each block appends.
+        block_config: Number of blocks per stage; a transition joins two stages.
         **kwargs: As for :class:`T2TViT`; ``embed_dim`` is the width of the first block and ``depth`` the number of
             blocks, ``sum(block_config)``.
 
     Raises:
-        TypeError: An argument has another type.
+        TypeError: An argument has a wrong type.
         ValueError: ``depth`` and ``block_config`` disagree, or an argument has an impossible value.
     """
 

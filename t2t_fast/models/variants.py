@@ -1,4 +1,4 @@
-"""The table of models: what each name means, what the paper reports for it, and where its weights are.
+"""The table of models: constructor arguments, the paper's figures and the released weights of each name.
 
 Source: Tables 1, 2, 3, 6 and 8 of the paper (arXiv 2101.11986) and the official release page.
 """

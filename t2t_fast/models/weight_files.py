@@ -1,4 +1,4 @@
-"""Files and folders of weights, opened by what is in them: pickles, safetensors, NumPy archives, shards."""
+"""Read files and folders of weights, recognised by content: pickles, safetensors, NumPy archives, shards."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..files import require_regular
 from .layouts import CheckpointError, some
 from .pickles import PickledCode, StandIn, load_pickle
 
-GRID_KEY = "grid_size"  # what our files call the height and width, in tokens, of the position table's grid
+GRID_KEY = "grid_size"  # in our files: height and width of the position table's grid, in tokens
 _INDEX_SUFFIX = ".index.json"
 _SUFFIXES = (".safetensors", ".npz", ".pth", ".pt", ".bin", ".tar")
 _FOLDER_FILES = ("model.safetensors", "pytorch_model.bin", "model.pth", "model.pt")
@@ -26,12 +26,12 @@ _FOLDER_FILES = ("model.safetensors", "pytorch_model.bin", "model.pth", "model.p
 
 @dataclass(frozen=True)
 class WeightFile:
-    """What a file, or a folder, holds.
+    """The content of a file or folder.
 
     Attributes:
-        content: Names to tensors, or whatever a trainer saved around them.
-        grid: The value beside the weights that tells the grid of the position table, None where there is none.
-        config: The folder's ``config.json``, empty for a file.
+        content: Names to tensors, or a trainer's dictionary around them.
+        grid: The position table's grid as recorded beside the weights, unchecked; None if it is not recorded.
+        config: The content of the folder's ``config.json``; empty for a file.
     """
 
     content: Any
@@ -42,11 +42,11 @@ class WeightFile:
 def read_weight_file(path: Path) -> WeightFile:
     """Read a file by torch.save, safetensors or numpy.savez, an index of shards, or a folder with one of these.
 
-    The kind is told by the content; the suffix decides where the content does not.
+    The content decides which kind it is; the suffix does where the content is ambiguous.
 
     Raises:
         OSError: There is no such file, it may not be read, or it is a device or FIFO.
-        CheckpointError: It is damaged, of another kind, or needs code to be executed.
+        CheckpointError: The file is damaged, of another kind, or needs code to be executed.
     """
     if not path.exists():
         raise FileNotFoundError(errno.ENOENT, "no such checkpoint file", str(path))
@@ -104,7 +104,7 @@ def _read_safetensors(path: Path) -> WeightFile:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     try:
         content = safetensors.torch.load_file(path)
-    except UnicodeEncodeError:  # a name that is no UTF-8, which the library does not open
+    except UnicodeEncodeError:  # safetensors cannot open a path that is not UTF-8
         content = safetensors.torch.load(path.read_bytes())
     height, _, width = str(header.get("__metadata__", {}).get(GRID_KEY)).partition("x")
     grid = (int(height), int(width)) if height.isdecimal() and width.isdecimal() and len(height + width) < 20 else None
@@ -127,7 +127,7 @@ _READERS = {"safetensors": _read_safetensors, "npz": _read_npz, "pickle": _read_
 
 
 def _read_folder(folder: Path) -> WeightFile:
-    """A folder as ``save_pretrained`` and timm write it, or one with a single file of weights."""
+    """Read a folder by ``save_pretrained`` or timm, or one with a single file of weights."""
     indices = sorted(folder.glob(f"*{_INDEX_SUFFIX}"))
     names = [folder / name for name in _FOLDER_FILES if (folder / name).is_file()]
     single = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in _SUFFIXES and path.is_file()]
@@ -140,7 +140,7 @@ def _read_folder(folder: Path) -> WeightFile:
 
 
 def _read_shards(index: Path) -> WeightFile:
-    """The files that an index names, put together."""
+    """Merge the files that an index names."""
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError(f"{index}: is no index of weights: expected a JSON object with 'weight_map'")
@@ -160,7 +160,7 @@ def _read_shards(index: Path) -> WeightFile:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; an empty one where there is no such file."""
+    """The JSON object in a file; an empty one if there is no such file."""
     if not _is_file(path):
         return {}
     try:
