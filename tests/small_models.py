@@ -38,6 +38,16 @@ def smallest(name: str, **kwargs: Any) -> nn.Module:
     return small(name, depth=2 if name == "t2t_vit_dense" else 1, **kwargs)
 
 
+def quickest(name: str, **kwargs: Any) -> nn.Module:
+    """:func:`smallest` for tests that compile or export every family, which takes seconds for attention tokens.
+
+    The models of :data:`FAMILIES` differ in their tokens or in their blocks. Those with blocks of their own get the
+    convolutional tokens: Performer and softmax-attention tokens are compiled once each, with their own model.
+    """
+    tokens = {} if name in (FAMILIES["performer"], FAMILIES["transformer"]) else {"tokens_type": "convolution"}
+    return smallest(name, **tokens, **kwargs)
+
+
 def seed_weights(model: nn.Module, seed: int) -> nn.Module:
     """Set every state-dict entry but the position table to numbers that depend on its name and ``seed`` alone."""
     with torch.no_grad():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_models import FAMILIES, relative_error, seeded_images, small, smallest
+from small_models import FAMILIES, quickest, relative_error, seeded_images, small, smallest
 from timm.utils.onnx import onnx_export, onnx_forward
 from torch import Tensor
 
@@ -103,9 +103,7 @@ def test_torch_archive(name: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @every_family
 def test_aoti(name: str, tmp_path: Path) -> None:
-    # Performer token layers take longest to compile: once is enough, the blocks' families differ in their blocks.
-    tokens = {} if name in ("t2t_vit_7", "t2t_vit_t_14") else {"tokens_type": "convolution"}
-    model, path = smallest(name, **tokens).eval(), tmp_path / "model.pt2"
+    model, path = quickest(name).eval(), tmp_path / "model.pt2"
     assert t2t_fast.export(model, path, "aoti")["checked_by"] == "AOTInductor"
     package = torch._inductor.aoti_load_package(str(path))
     for batch in (1, 5):
