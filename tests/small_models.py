@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import zlib
 from typing import Any
 
@@ -78,6 +79,7 @@ def flat_gradients(model: nn.Module) -> Tensor:
     return torch.cat([grad.double().flatten() for grad in grads.values() if grad is not None])
 
 
+@functools.lru_cache(maxsize=2048)  # tests build the same models again and again
 def _seeded_array(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     draw = np.random.default_rng([seed, zlib.crc32(name.encode())]).standard_normal(shape)
     if name.endswith(".w"):  # random features

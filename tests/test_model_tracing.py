@@ -182,6 +182,7 @@ def test_compile(name: str) -> None:
             assert relative_error(gradients(compiled, model, other), gradients(model, model, other)) < 1e-5
 
 
+@pytest.mark.slow
 @every_family
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.usefixtures("_fresh_compiler")
