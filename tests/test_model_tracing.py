@@ -199,6 +199,7 @@ def test_one_program_for_all_batches(name: str, train: bool) -> None:
         assert compiled_so_far == programs
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_fresh_compiler")
 def test_compile_in_training() -> None:
     model = small("t2t_vit_7", depth=1, drop_rate=0.1, drop_path_rate=0.1, dynamic_img_size=True).train()
