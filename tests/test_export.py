@@ -27,7 +27,7 @@ def run_onnx(path: Path, images: Tensor) -> Tensor:
 
 @every_family
 def test_onnx(name: str, tmp_path: Path) -> None:
-    model, path = small(name).eval(), tmp_path / "model.onnx"
+    model, path = quickest(name).eval(), tmp_path / "model.onnx"
     done = t2t_fast.export(model, path)
     assert done["format"] == "onnx"
     assert done["checked_by"] == "onnxruntime"
@@ -61,7 +61,7 @@ def test_onnx_of_ones_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
     """Programs in the dtype that the model was frozen to, whatever autocast surrounds the call."""
-    model, images = small("t2t_vit_7").eval(), seeded_images(3, 32, 32)
+    model, images = smallest("t2t_vit_7").eval(), seeded_images(3, 32, 32)
     want = model(images)
     frozen, tolerance = t2t_fast.freeze(model, dtype), {torch.float16: 1e-2, torch.bfloat16: 5e-2}.get(dtype, 1e-5)
     with torch.autocast("cpu", torch.bfloat16):
@@ -92,7 +92,7 @@ def test_an_optimizer_that_changes_the_logits_is_left_out(tmp_path: Path, monkey
 
 @pytest.mark.parametrize("name", ["t2t_vit_7", "t2t_vit_14_se_mlp"])
 def test_torch_archive(name: str, tmp_path: Path) -> None:
-    model, path = small(name, dynamic_img_size=True).eval(), tmp_path / "model.pt2"
+    model, path = smallest(name, dynamic_img_size=True).eval(), tmp_path / "model.pt2"
     assert t2t_fast.export(t2t_fast.freeze(model), path, max_batch=16)["error"] < 1e-5
     program = torch.export.load(path).module()
     for batch in (1, 16):
@@ -135,6 +135,7 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         t2t_fast.export(model, tmp_path / "model.onnx")
 
 
+@pytest.mark.slow
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint, target = tmp_path / "weights.pth", tmp_path / "model.onnx"
     model = small("t2t_vit_7").eval()
@@ -161,7 +162,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_onnx_by_the_default_exporter_of_timm(name: str, tmp_path: Path) -> None:
     """Which is the one for TorchScript, with any height and width if the model takes them."""
     path = str(tmp_path / "model.onnx")
-    model = smallest(name, img_size=64, dynamic_img_size=True).eval()
+    model = quickest(name, img_size=64, dynamic_img_size=True).eval()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that exporter is deprecated
         onnx_export(model, path, example_input=seeded_images(2, 64, 64), check_forward=True, dynamic_size=True)
