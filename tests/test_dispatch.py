@@ -59,7 +59,7 @@ def test_an_empty_or_wrong_environment_variable(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setenv("T2T_FAST_BACKEND", value)
         assert runpy.run_path(config.__file__)["BACKEND"] == (value or "auto")
     monkeypatch.setenv("T2T_FAST_BACKEND", "fast")
-    with pytest.raises(ValueError, match="T2T_FAST_BACKEND='fast'.*accepted: auto, reference, aten, triton, native"):
+    with pytest.raises(ValueError, match=r"T2T_FAST_BACKEND='fast'.*accepted: auto, reference, aten, triton, native"):
         runpy.run_path(config.__file__)
 
 
@@ -99,7 +99,7 @@ def test_a_model_backend_is_that_of_all_its_ops() -> None:
         assert {b for ran in explain(model, x).backends().values() for b in ran} == {"aten"}
     with pytest.raises(ValueError, match="backend='fast' is unknown"):
         model.set_backend("fast")
-    with pytest.raises(BackendUnavailable, match="has no 'triton' implementation in this version; it has: aten"):
+    with pytest.raises(BackendUnavailable, match=r"no 'triton' .*it has: aten"):
         small_model(backend="triton")(x)
 
 
@@ -114,7 +114,7 @@ def test_auto_takes_the_first_that_can_run_and_is_not_slower() -> None:
         ),
     )
     assert [op("auto", 1), op("auto", 3), op("native", 1)] == ["aten", "native", "native"]
-    with pytest.raises(BackendUnavailable, match=r"example: backend='triton' cannot run here: x is on the CPU"):
+    with pytest.raises(BackendUnavailable, match=r"example: backend='triton' .*: x is on the CPU"):
         op("triton", 1)
     (decision,) = explain(lambda x: op("auto", x), 1).decisions
     assert decision.reasons == {

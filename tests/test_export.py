@@ -73,7 +73,7 @@ def test_other_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
         t2t_fast.export(frozen, tmp_path / "model.onnx")
         assert relative_error(run_onnx(tmp_path / "model.onnx", images.half()), want) < tolerance
     else:
-        with pytest.raises(t2t_fast.ExportError, match=f"ONNX is written in float32 or float16, .* in {dtype}"):
+        with pytest.raises(t2t_fast.ExportError, match=f"ONNX .*float32 or float16.* {dtype}"):
             t2t_fast.export(frozen, tmp_path / "model.onnx")
 
 
@@ -122,16 +122,16 @@ def test_nothing_is_left_of_a_failure(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = small("t2t_vit_c_14")
-    with pytest.raises(ValueError, match=r"must end in \.onnx or \.pt2, or pass format="):
+    with pytest.raises(ValueError, match=r"\.onnx or \.pt2.*format="):
         t2t_fast.export(model, tmp_path / "model.bin")
     with pytest.raises(ValueError, match=r"must end in \.pt2 for format='aoti'"):
         t2t_fast.export(model, tmp_path / "model.onnx", "aoti")
     with pytest.raises(ValueError, match="format='trt' is unknown; accepted: onnx, torch, aoti"):
         t2t_fast.export(model, tmp_path / "model.onnx", "trt")
-    with pytest.raises(ValueError, match="max_batch must be at least 4 and at most 2147483647, got 1"):
+    with pytest.raises(ValueError, match=r"max_batch .*4 .*2147483647, got 1"):
         t2t_fast.export(model, tmp_path / "model.onnx", max_batch=1)
     monkeypatch.setattr(module, "_has", lambda name: name != "onnxscript")
-    with pytest.raises(t2t_fast.ExportError, match="writing ONNX needs onnxscript: pip install onnxscript"):
+    with pytest.raises(t2t_fast.ExportError, match=r"ONNX .*pip install onnxscript"):
         t2t_fast.export(model, tmp_path / "model.onnx")
 
 

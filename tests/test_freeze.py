@@ -288,7 +288,7 @@ def test_takes_what_optimize_takes() -> None:
 
 def test_refusals() -> None:
     model = small("t2t_vit_7")
-    with pytest.raises(TypeError, match=r"dtype must be one of torch.float64, .* or None, got torch.int8"):
+    with pytest.raises(TypeError, match=r"dtype .*torch.float64, .* None, got torch.int8"):
         t2t_fast.freeze(model, torch.int8)
     frozen = t2t_fast.freeze(model)
     with pytest.raises(RuntimeError, match="a frozen model has nothing to train"):
@@ -296,7 +296,7 @@ def test_refusals() -> None:
     assert frozen.eval() is frozen
     with torch.no_grad():
         frozen.model.blocks[1].norm2.eps = 1.0
-    with pytest.raises(RuntimeError, match=r"freezing changed the logits of a probe batch by .* please report it"):
+    with pytest.raises(RuntimeError, match=r"freezing changed the logits"):
         _compare(model, frozen)
 
 

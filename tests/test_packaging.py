@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -181,14 +182,14 @@ def test_extension_with_a_compiler_alone(source: Path, venv: Path, tmp_path: Pat
 def test_installs_without_a_compiler(source: Path, venv: Path, tmp_path: Path) -> None:
     state, explained = extension_after_install(venv, source, tmp_path, CXX="no-such-compiler")
     assert not state["built"] and not state["loaded"]
-    assert "there was no C++ compiler (no-such-compiler)" in state["reason"]
-    assert "native: the extension is not built: there was no C++ compiler" in explained
+    assert "no C++ compiler (no-such-compiler)" in state["reason"]
+    assert re.search(r"native: .*not built: .*no C\+\+ compiler", explained)
 
 
 @pytest.mark.slow
 def test_installs_without_the_extension(installed: Callable[[str], Path], tmp_path: Path) -> None:
     output = run(installed("directory") / "bin" / "python", "-m", "t2t_fast", "env", cwd=tmp_path)
-    assert "the extension is not built: T2T_FAST_NO_EXT=1 was set when t2t_fast was installed" in output
+    assert re.search("not built: T2T_FAST_NO_EXT=1", output)
 
 
 @pytest.mark.slow

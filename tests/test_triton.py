@@ -172,7 +172,7 @@ def test_compiled_forward_mode_is_left_to_the_library() -> None:
 
         return torch.func.jvp(function, (x,), (tangent,))[1]
 
-    with pytest.raises(BackendUnavailable, match=r"torch\.func and forward-mode derivatives need library operations"):
+    with pytest.raises(BackendUnavailable, match=r"torch\.func.*forward-mode"):
         derivative(x, tangent)
     torch._dynamo.reset()
     with pytest.raises((BackendUnavailable, torch._dynamo.exc.TorchDynamoException), match="forward-mode"):
