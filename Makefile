@@ -1,4 +1,4 @@
-# `make throughput` and `make test` do everything from nothing: they make .venv, install, and run.
+# `make throughput`, `make test` and `make test-slow` do everything from nothing: they make .venv, install, and run.
 #
 #   PYTHON=python3.12          the interpreter to make .venv with
 #   TORCH="torch==2.11.*"      another torch than the newest
@@ -37,10 +37,10 @@ $(STAMP): pyproject.toml setup.py $(shell find csrc -type f)
 	@$(PIP) --no-build-isolation --editable ".[dev]"
 	@echo "$(TORCH)" > $@
 
-.PHONY: help install throughput test lint types format clean
+.PHONY: help install throughput test test-slow lint types format clean
 
 help: ## show this
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## make .venv with everything in it
 
@@ -48,9 +48,13 @@ throughput: $(STAMP) ## measure images per second against timm and the original 
 	@echo "measuring throughput"
 	@$(BIN)/python benchmarks/throughput.py $(THROUGHPUT_ARGS)
 
-test: lint ## ruff, mypy and pytest
-	@echo "running the tests"
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+test: lint ## ruff, mypy and all tests but the slow ones
+	@echo "running the tests; those marked slow are deselected: make test-slow runs them"
+	@$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-slow: $(STAMP) ## the tests marked slow: they compile, package or start many processes
+	@echo "running the tests marked slow"
+	@$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
 lint: types ## ruff and mypy only
 	@echo "checking style"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import zlib
 from typing import Any
 
@@ -38,6 +39,16 @@ def smallest(name: str, **kwargs: Any) -> nn.Module:
     return small(name, depth=2 if name == "t2t_vit_dense" else 1, **kwargs)
 
 
+def quickest(name: str, **kwargs: Any) -> nn.Module:
+    """:func:`smallest` for tests that compile or export every family, which takes seconds for attention tokens.
+
+    The models of :data:`FAMILIES` differ in their tokens or in their blocks. Those with blocks of their own get the
+    convolutional tokens: Performer and softmax-attention tokens are compiled once each, with their own model.
+    """
+    tokens = {} if name in (FAMILIES["performer"], FAMILIES["transformer"]) else {"tokens_type": "convolution"}
+    return smallest(name, **tokens, **kwargs)
+
+
 def seed_weights(model: nn.Module, seed: int) -> nn.Module:
     """Set every state-dict entry but the position table to numbers that depend on its name and ``seed`` alone."""
     with torch.no_grad():
@@ -68,6 +79,7 @@ def flat_gradients(model: nn.Module) -> Tensor:
     return torch.cat([grad.double().flatten() for grad in grads.values() if grad is not None])
 
 
+@functools.lru_cache(maxsize=2048)  # tests build the same models again and again
 def _seeded_array(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     draw = np.random.default_rng([seed, zlib.crc32(name.encode())]).standard_normal(shape)
     if name.endswith(".w"):  # random features

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from small_models import FAMILIES, relative_error, seeded_images, small
@@ -32,9 +34,9 @@ def linears(model: nn.Module) -> list[str]:
 @every_family
 def test_an_adapter_on_any_linear(name: str) -> None:
     """Each gives the logits of a model whose weights the update was added to, and gets a gradient."""
-    images = seeded_images(2, 32, 32)
-    for place in linears(small(name)):
-        model, merged = (small(name).eval() for _ in range(2))
+    images, original = seeded_images(2, 32, 32), small(name).eval()
+    for place in linears(original):
+        model, merged = (copy.deepcopy(original) for _ in range(2))
         torch.manual_seed(0)
         adapter = Adapter(model.get_submodule(place))
         model.set_submodule(place, adapter)

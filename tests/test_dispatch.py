@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import subprocess
 import sys
 import threading
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 import t2t_fast
-from t2t_fast import BackendUnavailable, explain, ops, use_backend
+from t2t_fast import BackendUnavailable, config, explain, ops, use_backend
 from t2t_fast.dispatch import Implementation, Op, resolve_backend
 
 
@@ -43,22 +44,23 @@ def test_contexts_do_not_leak_into_other_threads() -> None:
     assert seen == ["auto"]
 
 
-@pytest.mark.parametrize(("value", "expected"), [("reference", "reference"), ("", "auto")])
-def test_environment_variable(value: str, expected: str) -> None:
+def test_environment_variable() -> None:
     code = "from t2t_fast.dispatch import resolve_backend, use_backend\nprint(resolve_backend())\n"
     code += "with use_backend('aten'): print(resolve_backend())\nwith use_backend('auto'): print(resolve_backend())"
     run = subprocess.run(
-        [sys.executable, "-c", code], env={"T2T_FAST_BACKEND": value}, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code], env={"T2T_FAST_BACKEND": "reference"}, capture_output=True, text=True, check=True
     )
-    assert run.stdout.split() == [expected, "aten", "auto"]
+    assert run.stdout.split() == ["reference", "aten", "auto"]
 
 
-def test_a_wrong_environment_variable_is_named() -> None:
-    run = subprocess.run(
-        [sys.executable, "-c", "import t2t_fast"], env={"T2T_FAST_BACKEND": "fast"}, capture_output=True, text=True
-    )
-    assert run.returncode != 0
-    assert "T2T_FAST_BACKEND='fast' in the environment; accepted: auto, reference, aten, triton, native" in run.stderr
+def test_an_empty_or_wrong_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As config.py reads it, once, when the package is imported."""
+    for value in ("reference", ""):
+        monkeypatch.setenv("T2T_FAST_BACKEND", value)
+        assert runpy.run_path(config.__file__)["BACKEND"] == (value or "auto")
+    monkeypatch.setenv("T2T_FAST_BACKEND", "fast")
+    with pytest.raises(ValueError, match=r"T2T_FAST_BACKEND='fast'.*accepted: auto, reference, aten, triton, native"):
+        runpy.run_path(config.__file__)
 
 
 def test_explain_names_every_op_and_every_reason() -> None:
@@ -97,7 +99,7 @@ def test_a_model_backend_is_that_of_all_its_ops() -> None:
         assert {b for ran in explain(model, x).backends().values() for b in ran} == {"aten"}
     with pytest.raises(ValueError, match="backend='fast' is unknown"):
         model.set_backend("fast")
-    with pytest.raises(BackendUnavailable, match="has no 'triton' implementation in this version; it has: aten"):
+    with pytest.raises(BackendUnavailable, match=r"no 'triton' .*it has: aten"):
         small_model(backend="triton")(x)
 
 
@@ -112,7 +114,7 @@ def test_auto_takes_the_first_that_can_run_and_is_not_slower() -> None:
         ),
     )
     assert [op("auto", 1), op("auto", 3), op("native", 1)] == ["aten", "native", "native"]
-    with pytest.raises(BackendUnavailable, match=r"example: backend='triton' cannot run here: x is on the CPU"):
+    with pytest.raises(BackendUnavailable, match=r"example: backend='triton' .*: x is on the CPU"):
         op("triton", 1)
     (decision,) = explain(lambda x: op("auto", x), 1).decisions
     assert decision.reasons == {

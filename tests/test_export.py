@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_models import FAMILIES, relative_error, seeded_images, small, smallest
+from small_models import FAMILIES, quickest, relative_error, seeded_images, small, smallest
 from timm.utils.onnx import onnx_export, onnx_forward
 from torch import Tensor
 
@@ -27,7 +27,7 @@ def run_onnx(path: Path, images: Tensor) -> Tensor:
 
 @every_family
 def test_onnx(name: str, tmp_path: Path) -> None:
-    model, path = small(name).eval(), tmp_path / "model.onnx"
+    model, path = quickest(name).eval(), tmp_path / "model.onnx"
     done = t2t_fast.export(model, path)
     assert done["format"] == "onnx"
     assert done["checked_by"] == "onnxruntime"
@@ -61,7 +61,7 @@ def test_onnx_of_ones_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
     """Programs in the dtype that the model was frozen to, whatever autocast surrounds the call."""
-    model, images = small("t2t_vit_7").eval(), seeded_images(3, 32, 32)
+    model, images = smallest("t2t_vit_7").eval(), seeded_images(3, 32, 32)
     want = model(images)
     frozen, tolerance = t2t_fast.freeze(model, dtype), {torch.float16: 1e-2, torch.bfloat16: 5e-2}.get(dtype, 1e-5)
     with torch.autocast("cpu", torch.bfloat16):
@@ -73,7 +73,7 @@ def test_other_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
         t2t_fast.export(frozen, tmp_path / "model.onnx")
         assert relative_error(run_onnx(tmp_path / "model.onnx", images.half()), want) < tolerance
     else:
-        with pytest.raises(t2t_fast.ExportError, match=f"ONNX is written in float32 or float16, .* in {dtype}"):
+        with pytest.raises(t2t_fast.ExportError, match=f"ONNX .*float32 or float16.* {dtype}"):
             t2t_fast.export(frozen, tmp_path / "model.onnx")
 
 
@@ -92,7 +92,7 @@ def test_an_optimizer_that_changes_the_logits_is_left_out(tmp_path: Path, monkey
 
 @pytest.mark.parametrize("name", ["t2t_vit_7", "t2t_vit_14_se_mlp"])
 def test_torch_archive(name: str, tmp_path: Path) -> None:
-    model, path = small(name, dynamic_img_size=True).eval(), tmp_path / "model.pt2"
+    model, path = smallest(name, dynamic_img_size=True).eval(), tmp_path / "model.pt2"
     assert t2t_fast.export(t2t_fast.freeze(model), path, max_batch=16)["error"] < 1e-5
     program = torch.export.load(path).module()
     for batch in (1, 16):
@@ -103,9 +103,7 @@ def test_torch_archive(name: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @every_family
 def test_aoti(name: str, tmp_path: Path) -> None:
-    # Performer token layers take longest to compile: once is enough, the blocks' families differ in their blocks.
-    tokens = {} if name in ("t2t_vit_7", "t2t_vit_t_14") else {"tokens_type": "convolution"}
-    model, path = smallest(name, **tokens).eval(), tmp_path / "model.pt2"
+    model, path = quickest(name).eval(), tmp_path / "model.pt2"
     assert t2t_fast.export(model, path, "aoti")["checked_by"] == "AOTInductor"
     package = torch._inductor.aoti_load_package(str(path))
     for batch in (1, 5):
@@ -124,19 +122,20 @@ def test_nothing_is_left_of_a_failure(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = small("t2t_vit_c_14")
-    with pytest.raises(ValueError, match=r"must end in \.onnx or \.pt2, or pass format="):
+    with pytest.raises(ValueError, match=r"\.onnx or \.pt2.*format="):
         t2t_fast.export(model, tmp_path / "model.bin")
     with pytest.raises(ValueError, match=r"must end in \.pt2 for format='aoti'"):
         t2t_fast.export(model, tmp_path / "model.onnx", "aoti")
     with pytest.raises(ValueError, match="format='trt' is unknown; accepted: onnx, torch, aoti"):
         t2t_fast.export(model, tmp_path / "model.onnx", "trt")
-    with pytest.raises(ValueError, match="max_batch must be at least 4 and at most 2147483647, got 1"):
+    with pytest.raises(ValueError, match=r"max_batch .*4 .*2147483647, got 1"):
         t2t_fast.export(model, tmp_path / "model.onnx", max_batch=1)
     monkeypatch.setattr(module, "_has", lambda name: name != "onnxscript")
-    with pytest.raises(t2t_fast.ExportError, match="writing ONNX needs onnxscript: pip install onnxscript"):
+    with pytest.raises(t2t_fast.ExportError, match=r"ONNX .*pip install onnxscript"):
         t2t_fast.export(model, tmp_path / "model.onnx")
 
 
+@pytest.mark.slow
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint, target = tmp_path / "weights.pth", tmp_path / "model.onnx"
     model = small("t2t_vit_7").eval()
@@ -163,7 +162,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_onnx_by_the_default_exporter_of_timm(name: str, tmp_path: Path) -> None:
     """Which is the one for TorchScript, with any height and width if the model takes them."""
     path = str(tmp_path / "model.onnx")
-    model = smallest(name, img_size=64, dynamic_img_size=True).eval()
+    model = quickest(name, img_size=64, dynamic_img_size=True).eval()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that exporter is deprecated
         onnx_export(model, path, example_input=seeded_images(2, 64, 64), check_forward=True, dynamic_size=True)

@@ -272,7 +272,7 @@ def test_export_asks_for_the_target_before_it_computes(tmp_path: Path, monkeypat
     with pytest.raises(FileNotFoundError) as raised:
         t2t_fast.export(small("t2t_vit_c_14"), tmp_path / "absent" / "m.pt2")
     assert raised.value.filename == str(tmp_path / "absent" / "m.pt2")
-    with pytest.raises(ValueError, match="max_batch must be at least 4 and at most 2147483647, got 1000000000000"):
+    with pytest.raises(ValueError, match=r"max_batch .*4 .*2147483647, got 1000000000000"):
         t2t_fast.export(small("t2t_vit_c_14"), tmp_path / "m.pt2", max_batch=10**12)
 
 

@@ -178,7 +178,7 @@ def test_results_get_their_proper_names(tmp_path: Path, monkeypatch: pytest.Monk
     ]
     assert (tmp_path / "results" / names[1]).read_text() == files["whole"][0]
     last = (tmp_path / "summary.txt").read_text().splitlines()[-1]
-    assert last == f"copy {tmp_path}/results/*.json to benchmarks/results, then run python benchmarks/report.py"
+    assert f"{tmp_path}/results/*.json" in last and "benchmarks/report.py" in last
 
 
 def test_an_earlier_report_is_not_taken_for_this_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

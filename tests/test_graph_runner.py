@@ -43,7 +43,7 @@ def test_on_the_cpu_it_has_nothing_to_do() -> None:
     model, images = make(), torch.randn(3, 3, 32, 32)
     runner = GraphRunner(model, [1, 3])
     (note,) = runner.notes
-    assert "nothing to capture: the model is on 'cpu', and graphs are CUDA's" in note
+    assert "nothing to capture" in note and "'cpu'" in note
     assert runner.reason(images) in note
     got = runner(images)
     assert not got.requires_grad
@@ -86,7 +86,8 @@ def test_a_runner_that_was_moved_lets_go_of_its_graphs(recorded: list[int]) -> N
     runner, images = GraphRunner(make(), (size for size in (2,))), torch.randn(2, 3, 32, 32)
     copied = copy.deepcopy(runner)
     runner.double()
-    assert runner.notes == ["nothing to replay: the runner was moved or cast after the capture; make a new one"]
+    (note,) = runner.notes
+    assert "nothing to replay" in note and "make a new one" in note
     assert "make a new one" in str(runner.reason(images.double()))
     runner(images.double())
     assert recorded == []
@@ -116,7 +117,7 @@ def test_a_graph_keeps_the_tables_it_has_read() -> None:
 @torch.no_grad()
 def test_any_model_with_an_example(recorded: list[int]) -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2)).eval()
-    with pytest.raises(TypeError, match=r"example must be given for a Sequential: one image \(in_chans, H, W\)"):
+    with pytest.raises(TypeError, match=r"example .*Sequential.*\(in_chans, H, W\)"):
         GraphRunner(model)
     runner = GraphRunner(model, example=torch.zeros(3, 2, 2))
     runner(torch.randn(1, 3, 2, 2))

@@ -90,7 +90,7 @@ def test_set_input_size_there_and_back() -> None:
     model.set_input_size(64)
     assert torch.equal(model(images), want)
     model.set_input_size((96, 48))
-    with pytest.raises(ValueError, match=r"grid of \(4, 4\), the model was built for \(6, 3\)"):
+    with pytest.raises(ValueError, match=r"\(4, 4\), .*built for \(6, 3\)"):
         model(images)
     with pytest.raises(ValueError, match="img_size must be at least 16, got 8"):
         model.set_input_size(8)
@@ -113,7 +113,7 @@ def test_the_same_number_of_tokens_in_another_shape(name: str) -> None:
     fixed = small(name, img_size=(32, 64)).eval()
     wide, tall = seeded_images(2, 32, 64), seeded_images(2, 64, 32)
     fixed(wide)
-    with pytest.raises(ValueError, match=r"grid of \(4, 2\), the model was built for \(2, 4\)"):
+    with pytest.raises(ValueError, match=r"\(4, 2\), .*built for \(2, 4\)"):
         fixed(tall)
     dynamic = small(name, img_size=(32, 64), dynamic_img_size=True).eval()
     table = resize_table(fixed.pos_embed.detach(), (2, 4), (4, 2))

@@ -131,7 +131,7 @@ def test_impossible_arguments_of_dense_models(kwargs: dict[str, Any], error: typ
 
 
 def test_a_wrong_weight_tag_is_named() -> None:
-    with pytest.raises(ValueError, match=r"'t2t_vit_7\.nonsense' has an unknown weight tag; accepted: t2t_vit_7"):
+    with pytest.raises(ValueError, match=r"'t2t_vit_7\.nonsense' .*accepted: t2t_vit_7"):
         t2t_fast.create_model("t2t_vit_7.nonsense")
 
 
@@ -183,15 +183,15 @@ def test_token_dim_and_norm_layer(name: str) -> None:
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"tokens_type": "conv"}, "tokens_type='conv' is unknown; accepted: performer, transformer, convolution"),
-        ({"block_type": "sse"}, "block_type='sse' is unknown; accepted: standard, se, se_mlp, ghost, dense"),
-        ({"global_pool": "max"}, "global_pool='max' is unknown; accepted: 'token', 'avg', ''"),
-        ({"num_heads": 5}, "num_heads=5 must divide the embedding width 256"),
-        ({"num_heads": 0}, "num_heads=0 must divide the embedding width 256"),
+        ({"tokens_type": "conv"}, "tokens_type='conv' .*: performer, transformer, convolution"),
+        ({"block_type": "sse"}, "block_type='sse' .*: standard, se, se_mlp, ghost, dense"),
+        ({"global_pool": "max"}, "global_pool='max' .*: 'token', 'avg', ''"),
+        ({"num_heads": 5}, "num_heads=5 must divide .*256"),
+        ({"num_heads": 0}, "num_heads=0 must divide .*256"),
         ({"img_size": 15}, "img_size must be at least 16, got 15"),
         ({"img_size": (224, 8)}, r"img_size must be at least 16, got \(224, 8\)"),
-        ({"backend": "cuda"}, "backend='cuda' is unknown; accepted: auto, reference, aten, triton, native"),
-        ({"block_type": "ghost"}, "a ghost block needs mlp_ratio=3 and an even width"),
+        ({"backend": "cuda"}, "backend='cuda' .*: auto, reference, aten, triton, native"),
+        ({"block_type": "ghost"}, "ghost .*mlp_ratio=3 .*even width"),
     ],
 )
 def test_bad_arguments(kwargs: dict[str, Any], message: str) -> None:
@@ -200,7 +200,7 @@ def test_bad_arguments(kwargs: dict[str, Any], message: str) -> None:
 
 
 def test_bad_arguments_of_the_classes() -> None:
-    with pytest.raises(ValueError, match="block_type='dense' needs growing blocks: make the model with T2TViTDense"):
+    with pytest.raises(ValueError, match=r"block_type='dense' .*T2TViTDense"):
         T2TViT(img_size=32, embed_dim=64, depth=1, num_heads=2, block_type="dense")
     with pytest.raises(ValueError, match=r"depth=3 must be the sum of block_config=\(1, 1\)"):
         small("t2t_vit_dense", depth=3, block_config=(1, 1))
@@ -214,11 +214,11 @@ def test_bad_arguments_of_the_classes() -> None:
 @every_family
 def test_wrong_images(name: str, method: str) -> None:
     call = getattr(small(name).eval(), method)
-    with pytest.raises(ValueError, match=r"images must have shape \(B, 3, H, W\), got \(2, 1, 32, 32\); pass in_chans"):
+    with pytest.raises(ValueError, match=r"images .*\(B, 3, H, W\), got \(2, 1, 32, 32\).*in_chans"):
         call(seeded_images(2, 32, 32, channels=1))
     with pytest.raises(ValueError, match=r"images must have 4 dimensions, got 3 \(shape \(3, 32, 32\)\)"):
         call(seeded_images(1, 32, 32)[0])
-    with pytest.raises(ValueError, match=r"grid of \(3, 2\), the model was built for \(2, 2\); pass img_size=\(H, W\)"):
+    with pytest.raises(ValueError, match=r"\(3, 2\), .*\(2, 2\).*img_size=\(H, W\)"):
         call(seeded_images(2, 48, 32))
     with pytest.raises(ValueError, match="images must be at least 3 px high and wide, got 32 x 2"):
         call(seeded_images(1, 32, 2))

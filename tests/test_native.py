@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -59,7 +60,7 @@ def test_what_is_not_opened(tmp_path: Path, changes: dict[str, object], words: s
 def test_an_extension_of_another_python_is_named(tmp_path: Path) -> None:
     folder_with(tmp_path, binary=None)
     (tmp_path / "_C.cpython-39-x86_64-linux-gnu.so").touch()
-    assert "found: _C.cpython-39-x86_64-linux-gnu.so, of another Python" in str(extension.load(tmp_path)[1])
+    assert re.search(r"_C\.cpython-39-x86_64-linux-gnu\.so, .*another Python", str(extension.load(tmp_path)[1]))
 
 
 def test_a_missing_symbol_keeps_its_own_words(tmp_path: Path) -> None:
@@ -84,7 +85,7 @@ def test_without_the_extension_auto_goes_on_and_says_why(monkeypatch: pytest.Mon
     monkeypatch.setattr(extension, "module", None)
     monkeypatch.setattr(extension, "why_not_loaded", "the extension is not built: nobody cared")
     x, w = torch.randn(2, 5, 8), torch.randn(3, 8)
-    with pytest.raises(BackendUnavailable, match=r"native.*cannot run here: the extension is not built: nobody cared"):
+    with pytest.raises(BackendUnavailable, match=r"native.*not built: nobody cared"):
         ops.se_gate(x, w, w.T, backend="native")
     torch.testing.assert_close(ops.se_gate(x, w, w.T), ops.se_gate(x, w, w.T, backend="reference"))
 

@@ -1,12 +1,15 @@
 """Every way to install the package gives the same package, and importing it costs next to nothing."""
 
+import functools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -66,17 +69,21 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copy
 
 
-@pytest.fixture
-def venv(tmp_path: Path) -> Path:
+def make_venv(folder: Path) -> Path:
     """An environment with the dependencies of the running one, but not its t2t_fast.
 
     A path added by a .pth file has its own .pth files ignored: the finder of an editable t2t_fast stays out.
     """
-    path = tmp_path / "venv"
-    run(sys.executable, "-m", "venv", "--without-pip", path, cwd=tmp_path)
+    path = folder / "venv"
+    run(sys.executable, "-m", "venv", "--without-pip", path, cwd=folder)
     dependencies = [entry for entry in sys.path if entry.endswith("-packages")]
     (site_packages(path) / "dependencies.pth").write_text("\n".join(dependencies))
     return path
+
+
+@pytest.fixture
+def venv(tmp_path: Path) -> Path:
+    return make_venv(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +92,21 @@ def archives(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     dist = tmp_path_factory.mktemp("dist")
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", dist, cwd=source)
     return {"sdist": next(dist.glob("*.tar.gz")), "wheel": next(dist.glob("*.whl"))}
+
+
+@pytest.fixture(scope="module")
+def installed(
+    source: Path, archives: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """Environments with the package installed from "directory", "wheel" or "sdist", each made once."""
+
+    @functools.cache
+    def make(kind: str) -> Path:
+        venv = make_venv(tmp_path_factory.mktemp(kind))
+        install(venv, {"directory": source, **archives}[kind])
+        return venv
+
+    return make
 
 
 def site_packages(venv: Path) -> Path:
@@ -103,23 +125,26 @@ def imported_from(venv: Path, cwd: Path) -> list[Path]:
     return [Path(file).parent for file in json.loads(output.splitlines()[-1])]
 
 
+@pytest.mark.slow
 def test_editable_install(source: Path, venv: Path, tmp_path: Path) -> None:
     install(venv, "--editable", source)
     assert imported_from(venv, cwd=tmp_path) == [source / "t2t_fast", source / "kernels"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["directory", "wheel", "sdist"])
-def test_regular_install(kind: str, source: Path, archives: dict[str, Path], venv: Path, tmp_path: Path) -> None:
-    install(venv, {"directory": source, **archives}[kind])
+def test_regular_install(kind: str, installed: Callable[[str], Path], tmp_path: Path) -> None:
+    venv = installed(kind)
     package = site_packages(venv) / "t2t_fast"
     assert imported_from(venv, cwd=tmp_path) == [package, package / "kernels"]
 
 
-def test_regular_install_in_the_repository_root(archives: dict[str, Path], source: Path, venv: Path) -> None:
-    install(venv, archives["wheel"])
-    assert imported_from(venv, cwd=source) == [source / "t2t_fast", source / "kernels"]
+@pytest.mark.slow
+def test_regular_install_in_the_repository_root(installed: Callable[[str], Path], source: Path) -> None:
+    assert imported_from(installed("wheel"), cwd=source) == [source / "t2t_fast", source / "kernels"]
 
 
+@pytest.mark.slow
 def test_uninstalled_in_the_repository_root(source: Path, venv: Path) -> None:
     assert imported_from(venv, cwd=source) == [source / "t2t_fast", source / "kernels"]
     result = next((source / "benchmarks" / "results").glob("cpu-*.json"))
@@ -153,17 +178,18 @@ def test_extension_with_a_compiler_alone(source: Path, venv: Path, tmp_path: Pat
     assert explained.startswith("se_gate x1: native")
 
 
+@pytest.mark.slow
 def test_installs_without_a_compiler(source: Path, venv: Path, tmp_path: Path) -> None:
     state, explained = extension_after_install(venv, source, tmp_path, CXX="no-such-compiler")
     assert not state["built"] and not state["loaded"]
-    assert "there was no C++ compiler (no-such-compiler)" in state["reason"]
-    assert "native: the extension is not built: there was no C++ compiler" in explained
+    assert "no C++ compiler (no-such-compiler)" in state["reason"]
+    assert re.search(r"native: .*not built: .*no C\+\+ compiler", explained)
 
 
-def test_installs_without_the_extension(source: Path, venv: Path, tmp_path: Path) -> None:
-    install(venv, source)
-    output = run(venv / "bin" / "python", "-m", "t2t_fast", "env", cwd=tmp_path)
-    assert "the extension is not built: T2T_FAST_NO_EXT=1 was set when t2t_fast was installed" in output
+@pytest.mark.slow
+def test_installs_without_the_extension(installed: Callable[[str], Path], tmp_path: Path) -> None:
+    output = run(installed("directory") / "bin" / "python", "-m", "t2t_fast", "env", cwd=tmp_path)
+    assert re.search("not built: T2T_FAST_NO_EXT=1", output)
 
 
 @pytest.mark.slow
@@ -178,26 +204,26 @@ def test_a_broken_build_is_reported_in_the_compilers_words(source: Path, venv: P
         assert "undeclared_name" in words
 
 
-def test_bench_of_an_installed_wheel(archives: dict[str, Path], venv: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_bench_of_an_installed_wheel(installed: Callable[[str], Path], tmp_path: Path) -> None:
     """Without a checkout the result lies in the working directory, and no commit is told."""
-    install(venv, archives["wheel"])
-    folder = tmp_path / "here"
-    folder.mkdir()
     tiny = ("--models", "t2t_vit_7", "--variants", "auto", "--img-size", "32", "--batch-size", "1", "--repeats", "1")
-    command = (venv / "bin" / "python", "-m", "t2t_fast", "bench", *tiny, "--synthetic", "--no-plot", "--device", "cpu")
-    output = run(*command, cwd=folder)
-    (path,) = folder.iterdir()
+    options = (*tiny, "--synthetic", "--no-plot", "--device", "cpu")
+    output = run(installed("wheel") / "bin" / "python", "-m", "t2t_fast", "bench", *options, cwd=tmp_path)
+    (path,) = tmp_path.iterdir()
     assert f"results: {path}" in output
     result = json.loads(path.read_text())
     assert result["complete"] and result["environment"]["git"] is None
 
 
+@pytest.mark.slow
 def test_wheel_contents(archives: dict[str, Path]) -> None:
     names = zipfile.ZipFile(archives["wheel"]).namelist()
     assert {"t2t_fast/py.typed", "t2t_fast/kernels/__init__.py", "t2t_fast/bench/__init__.py"} <= set(names)
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"t2t_fast"}, "owns one top-level name"
 
 
+@pytest.mark.slow
 def test_sdist_contents(archives: dict[str, Path]) -> None:
     with tarfile.open(archives["sdist"]) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
@@ -205,10 +231,14 @@ def test_sdist_contents(archives: dict[str, Path]) -> None:
 
 
 def test_import_is_cheap() -> None:
-    reports = [json.loads(run(sys.executable, "-c", IMPORT, cwd=ROOT).splitlines()[-1]) for _ in range(3)]
-    assert "t2t_fast" in reports[0]["modules"], "something else imported it"
-    assert not {"torch.utils.cpp_extension", "torch._inductor.codecache"} & set(reports[0]["modules"])
-    assert not any(name.startswith(("t2t_fast.bench", "t2t_fast.cli")) for name in reports[0]["modules"])
-    assert reports[0]["processes"] == []
-    assert not reports[0]["cuda"]
-    assert min(report["seconds"] for report in reports) < 0.5
+    def imported() -> dict[str, Any]:
+        return json.loads(run(sys.executable, "-c", IMPORT, cwd=ROOT).splitlines()[-1])
+
+    report = imported()
+    assert "t2t_fast" in report["modules"], "something else imported it"
+    assert not {"torch.utils.cpp_extension", "torch._inductor.codecache"} & set(report["modules"])
+    assert not any(name.startswith(("t2t_fast.bench", "t2t_fast.cli")) for name in report["modules"])
+    assert report["processes"] == []
+    assert not report["cuda"]
+    # On a busy machine a first import may be slow by chance.
+    assert report["seconds"] < 0.5 or min(imported()["seconds"] for _ in range(2)) < 0.5

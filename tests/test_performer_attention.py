@@ -196,7 +196,7 @@ def test_any_width_in_triton(dim: int, features: int) -> None:
 
 def test_what_is_too_wide_for_triton_is_refused() -> None:
     k = torch.randn(1, 4, 130)
-    with pytest.raises(BackendUnavailable, match="w is 8 x 130; the kernels take up to 128 features and channels"):
+    with pytest.raises(BackendUnavailable, match=r"w is 8 x 130.* up to 128"):
         ops.performer_attention(k, k, k, torch.randn(8, 130), backend="triton")
 
 
@@ -213,7 +213,7 @@ def test_equal_runs_are_equal_to_the_last_bit_in_triton() -> None:
 def test_bad_input_is_named() -> None:
     k = torch.randn(2, 5, 6)
     w = torch.randn(3, 6)
-    with pytest.raises(ValueError, match=r"q must have shape the shape of k = \(2, 5, 6\), got \(2, 4, 6\)"):
+    with pytest.raises(ValueError, match=r"q must have .*k = \(2, 5, 6\), got \(2, 4, 6\)"):
         ops.performer_attention(k, k[:, 1:], k, w)
     with pytest.raises(ValueError, match=r"w must have shape \(m, E\) = \(3, 6\), got \(3, 5\)"):
         ops.performer_attention(k, k, k, w[:, 1:])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -72,8 +73,8 @@ def test_compiling_again_gives_the_table() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--arch", "90"], "a selection of chips or kinds is no whole table: add --dry-run"),
-        (["--dry-run"], "TRITON_INTERPRET is set, and Triton's interpreter compiles nothing: unset it"),
+        (["--arch", "90"], "no whole table: .*--dry-run"),
+        (["--dry-run"], "TRITON_INTERPRET is set.*unset it"),
     ],
 )
 def test_bad_arguments(
@@ -83,4 +84,4 @@ def test_bad_arguments(
     with pytest.raises(SystemExit) as exit:
         resources.main(arguments)
     assert exit.value.code == 2
-    assert capsys.readouterr().err.startswith(f"resources.py: error: {message}")
+    assert re.fullmatch(f"resources.py: error: .*{message}\n", capsys.readouterr().err)

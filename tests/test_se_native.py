@@ -222,7 +222,7 @@ def test_exports_without_the_package(name: str) -> None:
 
 def test_torch_func_is_refused_in_words() -> None:
     tensors = arguments("se_gate")
-    with pytest.raises(BackendUnavailable, match=r"torch\.func and forward-mode derivatives need library operations"):
+    with pytest.raises(BackendUnavailable, match=r"torch\.func.*forward-mode"):
         torch.func.vmap(lambda x: ops.se_gate(x[None], *tensors[1:], **NATIVE))(tensors[0])
     torch.func.vmap(lambda x: ops.se_gate(x[None], *tensors[1:]))(tensors[0])
 

@@ -372,7 +372,7 @@ def test_bad_input_is_named() -> None:
     with pytest.raises(ValueError, match=r"norm_bias was given without norm_weight"):
         run("auto", [x, weight, bias, None, beta], geometry)
     tensors[4] = torch.zeros(147, dtype=x.dtype)
-    with pytest.raises(ValueError, match=r"folded=True says that weight holds norm_weight already; pass norm_weight=N"):
+    with pytest.raises(ValueError, match=r"folded=True .*norm_weight=N"):
         ops.soft_split_linear(*tensors[:3], torch.ones(147, dtype=x.dtype), *tensors[4:], *geometry, folded=True)
     with pytest.raises(ValueError, match=r"folded=True is for inference, and weight requires a gradient"):
         ops.soft_split_linear(*leaves(*tensors[:3]), None, None, *geometry, folded=True)

@@ -190,7 +190,7 @@ def test_bad_input_is_named() -> None:
         with pytest.raises(ValueError, match=message):
             ops.soft_split_performer(*wrong, **geometry)
     wrong = [t[1:] if i in (1, 2) else t for i, t in enumerate(tensors)]
-    with pytest.raises(ValueError, match="kqv_weight must have 3E rows, got 71, which is no multiple of 3"):
+    with pytest.raises(ValueError, match=r"kqv_weight .*3E rows, got 71"):
         ops.soft_split_performer(*wrong, **geometry)
     with pytest.raises(ValueError, match=r"proj_drop must be in \[0, 1\), got 1\.5"):
         ops.soft_split_performer(*tensors, **geometry, proj_drop=1.5)

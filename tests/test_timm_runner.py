@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from t2t_fast.timm import main
+
 ROOT = Path(__file__).resolve().parents[1]
 
 SCRIPT = """
@@ -22,32 +24,27 @@ if __name__ == "__main__":
 """
 
 
-def run(*words: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "t2t_fast.timm", *map(str, words)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
-
-
 def test_a_script_sees_our_models(tmp_path: Path) -> None:
     script = tmp_path / "scripts" / "show.py"
     script.parent.mkdir()
     script.write_text(SCRIPT)
     (script.parent / "helper.py").write_text("WORD = 'beside'\n")
-    done = run(script, "t2t_vit_7", "--flag", "3")
+    command = [sys.executable, "-m", "t2t_fast.timm", str(script), "t2t_vit_7", "--flag", "3"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 3, done.stderr
     assert done.stdout.strip() == "timm True beside T2TViT ['--flag', '3']"
 
 
 @pytest.mark.parametrize("words", [("nowhere.py",), (".",), ()])
-def test_without_a_script_there_is_one_line(words: tuple[str, ...]) -> None:
-    done = run(*words)
-    assert done.returncode == 2
-    assert not done.stdout
-    (line,) = done.stderr.splitlines()
+def test_without_a_script_there_is_one_line(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    out, err = capsys.readouterr()
+    assert not out
+    (line,) = err.splitlines()
     assert "usage: python -m t2t_fast.timm SCRIPT" in line
     assert not words or repr(words[0]) in line
 
 
-def test_help() -> None:
-    done = run("--help")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == "usage: python -m t2t_fast.timm SCRIPT [ARGUMENT ...]\n"
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    assert capsys.readouterr() == ("usage: python -m t2t_fast.timm SCRIPT [ARGUMENT ...]\n", "")

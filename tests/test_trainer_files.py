@@ -209,7 +209,7 @@ def test_the_names_registered_with_torch_stay(tmp_path: Path) -> None:
 
 def test_a_whole_pickled_model_is_named(tmp_path: Path) -> None:
     torch.save(small(), tmp_path / "w.pth")
-    with pytest.raises(CheckpointError, match=r"holds a pickled .*T2TViT, not weights; save its state_dict\(\)"):
+    with pytest.raises(CheckpointError, match=r"pickled .*T2TViT.* state_dict\(\)"):
         read_checkpoint(tmp_path / "w.pth")
 
 
@@ -258,7 +258,7 @@ def test_shards(tmp_path: Path) -> None:
     for path in (index, index.parent):
         assert_same(read_checkpoint(path).state_dict, WEIGHTS)
     (tmp_path / "m" / "model-00002-of-00003.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"index\.json: names the file model-00002-of-00003\.safetensors, which"):
+    with pytest.raises(CheckpointError, match=r"index\.json: .*model-00002-of-00003\.safetensors"):
         read_checkpoint(index)
 
 

@@ -72,8 +72,8 @@ def test_the_kernels_follow_the_curve() -> None:
     for module in model.tokens_to_token.modules():  # of the blocks' ops only add_layer_norm has one
         if hasattr(module, "backend"):
             module.backend = "triton"
-    got, _ = train(model, 3, 1e-3)
-    want = reference_curve(200)[:3]
+    got, _ = train(model, 3, 1e-3, batch=4)  # the interpreter takes its time
+    want, _ = train(tiny("reference", token_drop_rate=0.0).double(), 3, 1e-3, batch=4)
     assert max(abs(a - b) for a, b in zip(got, want, strict=True)) < 1e-9
 
 

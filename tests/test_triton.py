@@ -167,7 +167,7 @@ def test_compiled_forward_mode_is_left_to_the_library() -> None:
 
         return torch.func.jvp(function, (x,), (tangent,))[1]
 
-    with pytest.raises(BackendUnavailable, match=r"torch\.func and forward-mode derivatives need library operations"):
+    with pytest.raises(BackendUnavailable, match=r"torch\.func.*forward-mode"):
         derivative(x, tangent)
     torch._dynamo.reset()
     with pytest.raises((BackendUnavailable, torch._dynamo.exc.TorchDynamoException), match="forward-mode"):
@@ -302,28 +302,34 @@ def test_the_input_gets_no_gradient_that_nobody_wants() -> None:
     assert counted == {"t2t_fast.soft_split_linear", "t2t_fast.soft_split_linear_backward_weight"}
 
 
-def refusal(code: str, **environment: str) -> str:
-    """What explain says of Triton after ``code`` has defined x and w, in a process of its own."""
+def refusals(*tensors: str, before: str = "", **environment: str) -> list[str]:
+    """What explain says of Triton for each of ``tensors``, code for x and w, in one process."""
     code = f"""
 import torch, t2t_fast
 from t2t_fast import ops
-{code}
-print(t2t_fast.explain(lambda: ops.soft_split_linear(x, w, None, None, None, 3, 1, 1)))
+{before}
+for tensors in {tensors}:
+    x, w = eval(tensors)
+    told = str(t2t_fast.explain(lambda: ops.soft_split_linear(x, w, None, None, None, 3, 1, 1)))
+    print(*(line for line in told.splitlines() if "triton: " in line))
 """
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    return done.stdout
+    return done.stdout.splitlines()
 
 
 def test_refusals_say_why() -> None:
-    data = "x, w = torch.randn(1, 3, 8, 8), torch.randn(4, 27)"
-    assert "triton: the tensor is on the CPU; to test there, set TRITON_INTERPRET=1" in refusal(data)
-    assert "triton: the interpreter is for tests" in refusal(data, TRITON_INTERPRET="1")
+    data = "torch.randn(1, 3, 8, 8), torch.randn(4, 27)"
+    meta = "torch.empty(1, 3, 8, 8, device='meta'), torch.empty(4, 27, device='meta')"
+    bf16 = "torch.randn(1, 3, 8, 8).bfloat16(), torch.randn(4, 27).bfloat16()"
+    on_cpu, on_meta = refusals(data, meta)
+    assert re.search("on the CPU.* TRITON_INTERPRET=1", on_cpu)
+    assert re.search("no Triton kernels .*'meta'", on_meta)
+    for_tests, in_bfloat16 = refusals(data, bf16, TRITON_INTERPRET="1")
+    assert "interpreter is for tests" in for_tests
+    assert "interpreter multiplies bfloat16 wrongly" in in_bfloat16
     hide = "import importlib.util; importlib.util.find_spec = lambda name: None"
-    assert "triton: Triton is not installed (pip install triton)" in refusal(f"{hide}\n{data}")
-    meta = "x, w = torch.empty(1, 3, 8, 8, device='meta'), torch.empty(4, 27, device='meta')"
-    assert "triton: there are no Triton kernels for devices of type 'meta'" in refusal(meta)
-    bf16 = "x, w = torch.randn(1, 3, 8, 8).bfloat16(), torch.randn(4, 27).bfloat16()"
-    assert "triton: Triton's interpreter multiplies bfloat16 wrongly" in refusal(bf16, TRITON_INTERPRET="1")
+    (not_installed,) = refusals(data, before=hide)
+    assert re.search(r"not installed.*pip install triton", not_installed)
 
 
 @pytest.mark.parametrize(

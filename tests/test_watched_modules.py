@@ -390,7 +390,7 @@ def test_images_of_another_dtype(name: str) -> None:
     model, images = small(name).eval(), seeded_images(2, 32, 32)
     for dtype in (torch.float64, torch.float16, torch.bfloat16):
         word = str(dtype).removeprefix("torch.")
-        with pytest.raises(TypeError, match=f"images has dtype {word}, the model's weights float32; cast one of them"):
+        with pytest.raises(TypeError, match=f"images .*{word}, .*float32"):
             model(images.to(dtype))
     assert t2t_fast.freeze(model)(images.double()).dtype == torch.float32
     with torch.autocast("cpu", dtype=torch.bfloat16):
