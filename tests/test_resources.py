@@ -84,4 +84,4 @@ def test_bad_arguments(
     with pytest.raises(SystemExit) as exit:
         resources.main(arguments)
     assert exit.value.code == 2
-    assert re.fullmatch(f"resources.py: error: .*{message}\n", capsys.readouterr().err)
+    assert re.match(f"resources.py: error: .*{message}", capsys.readouterr().err)
