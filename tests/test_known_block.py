@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -258,3 +260,19 @@ def test_calls_of_python() -> None:
     assert calls["inference", "frozen"] <= calls["inference", "timm"]
     assert calls["inference", "auto"] <= calls["inference", "timm"]
     assert calls["training", "auto"] <= 1.5 * calls["training", "timm"]
+
+
+def test_the_benchmark_of_python_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    threads, path = torch.get_num_threads(), tmp_path / "overhead.json"
+    assert overhead.main(["--rounds", "2", "--heads", "2", "--precision", "bfloat16", "--output", str(path)]) == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert [(row["mode"], row["block"]) for row in rows] == [
+        ("inference", "timm"),
+        ("inference", "auto"),
+        ("inference", "frozen"),
+        ("training", "timm"),
+        ("training", "auto"),
+    ]
+    assert all(row["microseconds"] > 0 and row["calls"] > 10 for row in rows)
+    assert rows[0]["times_timm"] == rows[3]["times_timm"] == 1
+    assert "frozen" in capsys.readouterr().out and torch.get_num_threads() == threads
