@@ -88,6 +88,7 @@ def test_a_frozen_block_of_kernels() -> None:
         torch.testing.assert_close(frozen(images), model(images))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("kernels_in_blocks")
 def test_compiled_blocks_of_kernels() -> None:
     block = Block(32, 2, 3.0)

@@ -21,8 +21,8 @@ pytestmark = pytest.mark.usefixtures("on_device", "poisoned")
 BACKENDS = ("reference", "aten", "triton")
 # (channels, height, width, kernel, stride, padding, out)
 CASES = [
-    (3, 31, 57, 7, 4, 2, 24),
-    (64, 14, 14, 3, 2, 1, 33),
+    (3, 19, 33, 7, 4, 2, 24),
+    (64, 9, 6, 3, 2, 1, 33),
     (5, 9, 6, (2, 3), (3, 1), (0, 2), 7),
     (6, 5, 5, 1, 1, 0, 3),
     (3, 12, 12, 3, 4, 2, 5),
@@ -142,7 +142,7 @@ def test_gradcheck(tokens: bool, norm: bool) -> None:
     tensors, geometry = make((2, 3, 4, 3, 2, 1, 3), tokens, norm)
     inputs = leaves(*tensors)
     for backend in BACKENDS:
-        fast = backend == "triton" and tokens  # the interpreter takes its time
+        fast = backend == "triton" and (tokens or not norm)  # the interpreter takes its time
         assert torch.autograd.gradcheck(lambda *t, b=backend: run(b, list(t), geometry), inputs, fast_mode=fast)
     assert torch.autograd.gradcheck(hand_written(forward, backward, 5), (*inputs, *geometry))
     for backend in ("reference", "aten"):
