@@ -37,18 +37,18 @@ from .windows import GROW_WITH_THE_BATCH, View, Window, load_patches, make_view
 SAMPLES = 16
 
 
-@triton.jit
-def shift_of(image_ptr, tokens, num_tokens, view, WINDOW: tl.constexpr, SAMPLES: tl.constexpr, dtype: tl.constexpr):
-    """The mean of some of each window's values."""
-    features = tl.arange(0, SAMPLES) * (WINDOW.channels * WINDOW.kernel_h * WINDOW.kernel_w) // SAMPLES
-    return tl.sum(load_patches(image_ptr, tokens, features, num_tokens, view, WINDOW).to(dtype), 1) / SAMPLES
-
-
 class Statistics(NamedTuple):
     """Mean and 1/sqrt(variance + eps) of every window (B, L)."""
 
     mean: Tensor
     rstd: Tensor
+
+
+@triton.jit
+def shift_of(image_ptr, tokens, num_tokens, view, WINDOW: tl.constexpr, SAMPLES: tl.constexpr, dtype: tl.constexpr):
+    """The mean of some of each window's values."""
+    features = tl.arange(0, SAMPLES) * (WINDOW.channels * WINDOW.kernel_h * WINDOW.kernel_w) // SAMPLES
+    return tl.sum(load_patches(image_ptr, tokens, features, num_tokens, view, WINDOW).to(dtype), 1) / SAMPLES
 
 
 @triton.jit
@@ -266,8 +266,7 @@ def _soft_split_linear_backward_input_kernel(
     d_image = tl.zeros((BLOCK_PIXELS, BLOCK_CHANNELS), accumulator)
     for step in range(taps_h * taps_w * blocks):
         tap = step // blocks
-        i = first_i + tap // taps_w * WINDOW.stride_h
-        j = first_j + tap % taps_w * WINDOW.stride_w
+        i, j = _locate_tap(tap, first_i, first_j, taps_w, WINDOW)
         token, covers = _covering_token(image, row, col, i, j, view, WINDOW)
         offs_out = step % blocks * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
         mask_out = offs_out < out_features
@@ -293,14 +292,19 @@ def _soft_split_linear_backward_input_kernel(
         ptrs = _pixel_ptrs(image_ptr, image, row, col, channel, view)
         pixels = tl.load(ptrs, mask=mask, other=0.0).to(accumulator)
         for tap in range(taps_h * taps_w):
-            i = first_i + tap // taps_w * WINDOW.stride_h
-            j = first_j + tap % taps_w * WINDOW.stride_w
+            i, j = _locate_tap(tap, first_i, first_j, taps_w, WINDOW)
             token, covers = _covering_token(image, row, col, i, j, view, WINDOW)
             mean = tl.load(mean_ptr + token, mask=mask_pixel & covers, other=0.0)
             coefficient = tl.load(coefficient_ptr + token, mask=mask_pixel & covers, other=0.0)
             d_image -= coefficient[:, None] * (pixels - mean[:, None])
     ptrs = _pixel_ptrs(d_image_ptr, image, row, col, channel, d_view)
     tl.store(ptrs, d_image.to(d_image_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _locate_tap(tap, first_i, first_j, taps_w, WINDOW: tl.constexpr):
+    """Row and column within the window of one of the taps that cover a class of pixels."""
+    return first_i + tap // taps_w * WINDOW.stride_h, first_j + tap % taps_w * WINDOW.stride_w
 
 
 @triton.jit

@@ -11,8 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import t2t_fast
 from t2t_fast import ops
 from t2t_fast.ops.block import reference
-from t2t_fast.ops.block.arguments import Norm
 from t2t_fast.ops.block.triton import why_not_auto_add_layer_norm
+from t2t_fast.ops.common.norm import Norm
 
 BACKENDS = ("reference", "aten", "triton")
 EPS = 1e-5

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from t2t_fast import ops
 from t2t_fast.ops.block import reference
-from t2t_fast.ops.block.arguments import Norm
+from t2t_fast.ops.common.norm import Norm
 
 BACKENDS = ("reference", "aten")
 EPS = 1e-5

@@ -13,8 +13,9 @@ from helpers import TOLERANCES, assert_close, gradients, hand_written, leaves, r
 from torch import Tensor
 
 from t2t_fast import ops
+from t2t_fast.ops.common.norm import Norm
 from t2t_fast.ops.soft_splits import aten, reference
-from t2t_fast.ops.soft_splits.arguments import Geometry, Norm, Split
+from t2t_fast.ops.soft_splits.arguments import Geometry, Split
 
 pytestmark = pytest.mark.usefixtures("on_device", "poisoned")
 

@@ -16,9 +16,10 @@ from t2t_fast import ops, use_backend
 from t2t_fast.kernels.costs import soft_split_performer
 from t2t_fast.kernels.windows import make_view, make_window
 from t2t_fast.layers import TokensToToken
+from t2t_fast.ops.common.norm import Norm
 from t2t_fast.ops.performer import reference, triton_layer
 from t2t_fast.ops.performer.arguments import Layer, Options
-from t2t_fast.ops.soft_splits.arguments import Geometry, Norm, Split
+from t2t_fast.ops.soft_splits.arguments import Geometry, Split
 
 pytestmark = pytest.mark.usefixtures("on_device", "poisoned")
 

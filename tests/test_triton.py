@@ -17,8 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import t2t_fast
 from t2t_fast import BackendUnavailable, ops
 from t2t_fast.layers import TokenPerformer
+from t2t_fast.ops.common.norm import Norm
 from t2t_fast.ops.soft_splits import reference
-from t2t_fast.ops.soft_splits.arguments import Geometry, Norm, Split
+from t2t_fast.ops.soft_splits.arguments import Geometry, Split
 
 pytestmark = pytest.mark.usefixtures("on_device")
 

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..dispatch import is_explaining, resolve_backend
-from ..ops.block.arguments import Norm
 from ..ops.block.aten import why_not_onednn, why_not_packed
 from ..ops.block.triton import why_not_auto_add_layer_norm
 from ..ops.block.whole import BlockWeights, Product
 from ..ops.common.autograd import is_plain_eager
+from ..ops.common.norm import Norm
 from .attention import Attention
 from .mlp import Mlp
 from .packed_linear import PackedLinear

@@ -14,11 +14,3 @@ class MlpWeights(NamedTuple):
     fc1_bias: Tensor | None  # (hidden,)
     fc2_weight: Tensor  # (out, hidden)
     fc2_bias: Tensor | None  # (out,)
-
-
-class Norm(NamedTuple):
-    """A LayerNorm over C channels: gamma, or None for ones; beta, or None for zeros; what is added to the variance."""
-
-    weight: Tensor | None
-    bias: Tensor | None
-    eps: float

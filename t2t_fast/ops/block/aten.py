@@ -20,7 +20,8 @@ from torch.utils.flop_counter import register_flop_formula
 from ...numerics import is_autocast, product_dtype
 from ..common.autograd import in_dispatch_mode, is_exporting, is_transformed, may_overwrite, wants_gradient
 from ..common.branch import Branch, add_branch
-from .arguments import MlpWeights, Norm
+from ..common.norm import Norm
+from .arguments import MlpWeights
 
 # Multiply-adds of a float32 matmul from which oneDNN's operator is faster: each call takes about 10 us to set up, and
 # with gradients it is a custom operator, three calls of it and autograd's.

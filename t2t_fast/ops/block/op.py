@@ -8,8 +8,9 @@ from torch import Tensor
 from ...checks import check_alike, check_epsilon, check_flag, check_shape, check_tensor
 from ...dispatch import Implementation, Op
 from ..common.branch import Branch, check_branch
+from ..common.norm import Norm
 from . import aten, reference, triton
-from .arguments import MlpWeights, Norm
+from .arguments import MlpWeights
 
 _LINEAR = Op(
     "linear",

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ..common.branch import Branch, add_branch
 from ..common.derivatives import gelu_slope, standardize, standardize_backward
-from .arguments import MlpWeights, Norm
+from ..common.norm import Norm
+from .arguments import MlpWeights
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:

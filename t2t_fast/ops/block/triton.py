@@ -11,7 +11,7 @@ from torch import Tensor
 from ...numerics import compute_dtype, no_autocast
 from ..common import triton as common
 from ..common.autograd import differentiable_backward, wants_gradient
-from .arguments import Norm
+from ..common.norm import Norm
 
 SMALLEST = 2**23  # values (B, N, C): with fewer, an eager run waits for launches, not for memory
 

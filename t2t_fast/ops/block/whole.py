@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..common.branch import Branch, add_branch
+from ..common.norm import Norm
 from ..softmax_attention.aten import attend
-from .arguments import Norm
 from .aten import is_small, multiply, multiply_packed
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...checks import check_alike, check_epsilon, check_probability, check_shape, check_tensor
 from ...dispatch import Implementation, Op
-from ..soft_splits.arguments import Norm
+from ..common.norm import Norm
 from ..soft_splits.op import Names, check_geometry, check_split
 from . import aten, reference, triton_attention, triton_layer
 from .arguments import Layer, Options

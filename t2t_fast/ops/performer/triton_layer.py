@@ -19,8 +19,9 @@ from torch.utils.flop_counter import register_flop_formula
 from ...numerics import compute_dtype, no_autocast, product_dtype
 from ..common import triton as common
 from ..common.autograd import differentiable_backward, wants_gradient
+from ..common.norm import Norm
 from ..soft_splits import triton as soft_split
-from ..soft_splits.arguments import Geometry, Norm, Pair, Split
+from ..soft_splits.arguments import Geometry, Pair, Split
 from ..soft_splits.aten import fold_norm
 from ..soft_splits.reference import as_image, window_grid
 from ..soft_splits.triton import GEOMETRY
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 # Widths up to which a token's row and all weights stay in registers.
 _WIDEST = 64
 
-# What both forward operators begin their layer's arguments with, and every operator here ends with.
+# In the operators' schemas: a layer's weights with the LayerNorm folded in, and what every schema ends with.
 _LAYER = (
     "Tensor w, Tensor proj_weight, Tensor proj_bias, Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, "
     "Tensor fc2_bias"

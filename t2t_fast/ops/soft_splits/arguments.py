@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from torch import Tensor
+from ..common.norm import Norm
 
 Pair = tuple[int, int]
 
@@ -17,19 +17,11 @@ class Geometry(NamedTuple):
     padding: Pair
 
 
-class Norm(NamedTuple):
-    """A LayerNorm: gamma (n,), beta (n,) and its epsilon.
-
-    Without gamma the LayerNorm is folded: the Linear behind it holds gamma and beta, and its rows have the mean 0.
-    """
-
-    weight: Tensor | None
-    bias: Tensor | None
-    eps: float
-
-
 class Split(NamedTuple):
-    """What lies in front of a Linear: windows of an image, or of a token ``grid`` (H, W), and a LayerNorm or None."""
+    """What lies in front of a Linear: windows of an image, or of a token ``grid`` (H, W), and a LayerNorm or None.
+
+    A LayerNorm without gamma is folded: the Linear holds gamma and beta, and the mean of each of its rows is 0.
+    """
 
     geometry: Geometry
     grid: Pair | None

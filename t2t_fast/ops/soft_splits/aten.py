@@ -24,7 +24,8 @@ from ..common.autograd import (
     may_overwrite,
     wants_hand_written_backward,
 )
-from .arguments import Geometry, Norm, Pair, Split
+from ..common.norm import Norm
+from .arguments import Geometry, Pair, Split
 from .reference import as_image, window_grid
 
 

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ...checks import as_pair, check_alike, check_epsilon, check_flag, check_shape, check_tensor
 from ...dispatch import Implementation, Op
+from ..common.norm import Norm
 from . import aten, reference, triton
-from .arguments import Geometry, Norm, Pair, Split
+from .arguments import Geometry, Pair, Split
 
 _SOFT_SPLIT = Op(
     "soft_split",
