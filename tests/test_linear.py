@@ -15,6 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import t2t_fast
 from t2t_fast import ops
+from t2t_fast.bench import samples
+from t2t_fast.bench.samples import Sizes
 from t2t_fast.layers.packed_linear import PackedLinear
 
 BACKENDS = ("reference", "aten")
@@ -22,7 +24,7 @@ SHAPES = [(2, 19, 32, 96), (1, 1, 5, 3), (3, 50, 64, 1), (0, 4, 6, 7)]  # images
 
 
 def make(images: int, tokens: int, dim: int, out: int) -> list[Tensor]:
-    return [torch.randn(images, tokens, dim), torch.randn(out, dim) / dim**0.5, torch.randn(out)]
+    return list(samples.make("linear", Sizes(batch=images, tokens=tokens, channels=dim, out=out)).values())
 
 
 def erf_gelu(x: Tensor) -> Tensor:
