@@ -3,7 +3,7 @@
     sample = make("mlp", Sizes(tokens=50, channels=64), torch.bfloat16)
     ops.mlp(**sample)
 
-Weights are scaled as layers initialise them, so that results of any size of input have values around 1.
+Weights are scaled as layers initialise them, so that results have values around 1 at any size.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _WINDOWS = Geometry(kernel_size=(3, 3), stride=(2, 2), padding=(1, 1))
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of a call; each op reads those that it has. Small and odd by default: no block of a kernel divides them."""
+    """Sizes of a call; each op reads those that it has. Small and odd by default, to leave remainders."""
 
     batch: int = 2
     tokens: int = 19
@@ -48,9 +48,9 @@ class Sizes:
 SMALL = Sizes()
 # t2t_vit_14 at 224 px: its three soft splits, the layer behind the first, and its blocks.
 _STAGE = Sizes(channels=64, as_tokens=True, tokens=3136, heads=1, dim=64, features=32, hidden=64, out=192)
-_FIRST = {"channels": 3, "as_tokens": False, "geometry": Geometry((7, 7), (4, 4), (2, 2))}
+_FIRST = replace(_STAGE, channels=3, as_tokens=False, geometry=Geometry((7, 7), (4, 4), (2, 2)))
 T2T_VIT_14 = {
-    "image to 192": replace(_STAGE, grid=(224, 224), **_FIRST),
+    "image to 192": replace(_FIRST, grid=(224, 224)),
     "tokens to 192": replace(_STAGE, grid=(56, 56)),
     "tokens to 384": replace(_STAGE, grid=(28, 28), out=384),
     "3136 tokens": _STAGE,
@@ -81,10 +81,8 @@ class Draw:
         return {f"{prefix}weight": gamma, f"{prefix}bias": beta}
 
     def gate(self, sizes: Sizes) -> Sample:
-        return {
-            "w_reduce": self.matrix(sizes.reduced, sizes.channels),
-            "w_expand": self.matrix(sizes.channels, sizes.reduced),
-        }
+        reduced, channels = sizes.reduced, sizes.channels
+        return {"w_reduce": self.matrix(reduced, channels), "w_expand": self.matrix(channels, reduced)}
 
     def image(self, sizes: Sizes) -> Tensor:
         rows, columns = sizes.grid
@@ -109,8 +107,7 @@ class Draw:
 
 
 def _geometry(s: Sizes) -> Sample:
-    grid = s.grid if s.as_tokens else None
-    return {**s.geometry._asdict(), "grid": grid}
+    return {**s.geometry._asdict(), "grid": s.grid if s.as_tokens else None}
 
 
 def _attention(draw: Draw, s: Sizes) -> Sample:
@@ -142,7 +139,7 @@ def _split(draw: Draw, linear: str, norm: str, out: int, s: Sizes) -> Sample:
     return {"x": draw.image(s), **draw.linear(linear, out, s.window), **draw.norm(norm, s.window)}
 
 
-# Every op's arguments without a default, in the order of its signature, and the grid of its soft split.
+# Each op's arguments in the order of its signature, up to its options.
 SAMPLES: dict[str, Callable[[Draw, Sizes], Sample]] = {
     "add_layer_norm": _add_layer_norm,
     "attention": _attention,
@@ -187,12 +184,11 @@ def branch(x: Tensor) -> Sample:
 
 
 def tensors_of(sample: Sample) -> dict[str, Tensor]:
-    """The tensors among the arguments. All are differentiable; an op's optional ones may be None in a call."""
+    """The tensors among the arguments. Every op is differentiable by all of them."""
     return {name: value for name, value in sample.items() if isinstance(value, Tensor)}
 
 
 def learned(sample: Sample) -> list[Tensor]:
     """The tensors that have a gradient when a model is trained: not an image, and not the Performer's features w."""
-    tensors = tensors_of(sample)
-    is_image = sample.get("grid", ()) is None
-    return [tensor for name, tensor in tensors.items() if name != "w" and not (name == "x" and is_image)]
+    not_learned = ("w", "x") if sample.get("grid", ()) is None else ("w",)
+    return [tensor for name, tensor in tensors_of(sample).items() if name not in not_learned]
