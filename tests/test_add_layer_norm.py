@@ -11,7 +11,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import t2t_fast
 from t2t_fast import ops
 from t2t_fast.bench import samples
-from t2t_fast.bench.samples import Sizes
 from t2t_fast.ops.block import reference
 from t2t_fast.ops.block.triton import why_not_auto_add_layer_norm
 from t2t_fast.ops.common.norm import Norm
@@ -21,7 +20,10 @@ EPS = 1e-5
 
 
 def make(images: int, tokens: int, dim: int, affine: bool = True) -> list[Tensor | None]:
-    sizes, without = Sizes(batch=images, tokens=tokens, channels=dim), () if affine else ("norm_weight", "norm_bias")
+    sizes, without = (
+        samples.Sizes(batch=images, tokens=tokens, channels=dim),
+        () if affine else ("norm_weight", "norm_bias"),
+    )
     return list(samples.make("add_layer_norm", sizes, without=without).values())
 
 

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from t2t_fast import ops
 from t2t_fast.bench import samples
-from t2t_fast.bench.samples import Sizes
 from t2t_fast.ops.softmax_attention import reference
 
 BACKENDS = ("reference", "aten")
@@ -19,7 +18,7 @@ BACKENDS = ("reference", "aten")
 @pytest.mark.parametrize(("heads", "tokens", "dim"), [(1, 61, 64), (6, 17, 64), (32, 5, 12), (2, 1, 7)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_forward_and_gradients(backend: str, heads: int, tokens: int, dim: int, dtype: torch.dtype) -> None:
-    *qkv, _ = samples.make("attention", Sizes(tokens=tokens, heads=heads, dim=dim), dtype).values()
+    *qkv, _ = samples.make("attention", samples.Sizes(tokens=tokens, heads=heads, dim=dim), dtype).values()
     scale = 147**-0.5  # not 1/sqrt(dim): the token transformer's scale is that of its input width
     exact = [t.double() for t in qkv]
     want = torch.softmax(torch.einsum("bhnd,bhmd->bhnm", exact[0], exact[1]) * scale, -1) @ exact[2]
@@ -71,7 +70,7 @@ def test_dropout_keeps_the_mean(backend: str) -> None:
 @pytest.mark.parametrize(("images", "heads", "tokens"), [(5, 6, 197), (2, 1, 1100), (1, 3, 110), (1, 3, 1), (0, 2, 5)])
 def test_bfloat16_on_the_cpu_in_blocks(images: int, heads: int, tokens: int) -> None:
     """Several groups of images, several blocks of rows, their remainders, and an empty batch."""
-    sizes = Sizes(batch=images, tokens=tokens, heads=heads, dim=16)
+    sizes = samples.Sizes(batch=images, tokens=tokens, heads=heads, dim=16)
     *qkv, scale = samples.make("attention", sizes, torch.bfloat16).values()
     exact = [t.double() for t in qkv]
     want = torch.softmax(exact[0] @ exact[1].transpose(-2, -1) * scale, -1) @ exact[2]

@@ -12,7 +12,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from t2t_fast import ops
 from t2t_fast.bench import samples
-from t2t_fast.bench.samples import Sizes
 from t2t_fast.ops.block import reference
 from t2t_fast.ops.common.norm import Norm
 
@@ -22,7 +21,7 @@ EPS = 1e-5
 
 def make(images: int, tokens: int, dim: int, out: int, affine: bool = True, bias: bool = True) -> list[Tensor | None]:
     without = [*(() if bias else ("bias",)), *(() if affine else ("norm_weight", "norm_bias"))]
-    sizes = Sizes(batch=images, tokens=tokens, channels=dim, out=out)
+    sizes = samples.Sizes(batch=images, tokens=tokens, channels=dim, out=out)
     x, *weights = samples.make("layer_norm_linear", sizes, without=without).values()
     return [x + torch.randn(images, tokens, 1), *weights]
 

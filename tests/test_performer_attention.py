@@ -12,7 +12,6 @@ from torch.utils.checkpoint import checkpoint
 
 from t2t_fast import BackendUnavailable, ops
 from t2t_fast.bench import samples
-from t2t_fast.bench.samples import Sizes
 from t2t_fast.ops.performer import reference
 
 pytestmark = pytest.mark.usefixtures("on_device", "poisoned")
@@ -22,7 +21,7 @@ BACKENDS = ("reference", "aten", "triton")
 
 def make(batch: int, tokens: int, dim: int, features: int, std: float = 0.7) -> tuple[Tensor, Tensor]:
     """A float64 kqv (batch, tokens, 3 * dim) and w (features, dim) with orthogonal rows of norm sqrt(features)."""
-    sizes = Sizes(batch=batch, tokens=tokens, dim=dim, features=features)
+    sizes = samples.Sizes(batch=batch, tokens=tokens, dim=dim, features=features)
     k, q, v, w = samples.make("performer_attention", sizes, torch.float64).values()
     return std / 0.7 * torch.cat((k, q, v), -1), w
 

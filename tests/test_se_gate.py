@@ -9,7 +9,6 @@ from torch import Tensor
 
 from t2t_fast import ops
 from t2t_fast.bench import samples
-from t2t_fast.bench.samples import Sizes
 from t2t_fast.ops.common.branch import Branch
 from t2t_fast.ops.se import reference
 from t2t_fast.ops.se.arguments import GateWeights
@@ -30,7 +29,7 @@ def defined_backward(grad: Tensor, x: Tensor, *gate: Tensor) -> tuple[Tensor, ..
 @pytest.mark.parametrize(("tokens", "dim", "reduced"), [(197, 48, 3), (1, 16, 1), (33, 384, 24)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_forward_and_gradients(backend: str, tokens: int, dim: int, reduced: int, dtype: torch.dtype) -> None:
-    sizes = Sizes(batch=3, tokens=tokens, channels=dim, reduced=reduced)
+    sizes = samples.Sizes(batch=3, tokens=tokens, channels=dim, reduced=reduced)
     x, w_reduce, w_expand = samples.make("se_gate", sizes, dtype).values()
     x += 1
     exact = [t.double() for t in (x, w_reduce, w_expand)]
@@ -48,7 +47,7 @@ def test_forward_and_gradients(backend: str, tokens: int, dim: int, reduced: int
 
 
 def test_gradcheck() -> None:
-    inputs = leaves(*samples.make("se_gate", Sizes(tokens=5, channels=6)).values())
+    inputs = leaves(*samples.make("se_gate", samples.Sizes(tokens=5, channels=6)).values())
     for backend in BACKENDS:
         assert torch.autograd.gradcheck(lambda *t, b=backend: ops.se_gate(*t, backend=b), inputs)
     assert torch.autograd.gradcheck(hand_written(defined, defined_backward, 3), tuple(inputs))

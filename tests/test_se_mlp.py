@@ -11,7 +11,6 @@ from torch import Tensor
 
 from t2t_fast import ops
 from t2t_fast.bench import samples
-from t2t_fast.bench.samples import Sizes
 from t2t_fast.ops.block.arguments import MlpWeights
 from t2t_fast.ops.common.branch import Branch
 from t2t_fast.ops.se import reference
@@ -21,7 +20,7 @@ BACKENDS = ("reference", "aten", "native")
 
 
 def make(tokens: int, dim: int, hidden: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    sizes = Sizes(tokens=tokens, channels=dim, hidden=hidden, reduced=max(1, dim // 16))
+    sizes = samples.Sizes(tokens=tokens, channels=dim, hidden=hidden, reduced=max(1, dim // 16))
     return list(samples.make("se_mlp", sizes, dtype).values())
 
 

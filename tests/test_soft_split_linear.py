@@ -14,7 +14,6 @@ from torch import Tensor
 
 from t2t_fast import ops
 from t2t_fast.bench import samples
-from t2t_fast.bench.samples import Sizes
 from t2t_fast.ops.common.norm import Norm
 from t2t_fast.ops.soft_splits import aten, reference
 from t2t_fast.ops.soft_splits.arguments import Geometry, Split
@@ -36,7 +35,7 @@ def make(case: tuple, tokens: bool, norm: bool = True, bias: bool = True, dtype:
     """(tensors, geometry with grid and eps)."""
     channels, height, width, kernel, stride, padding, out = case
     pairs = Geometry(*(v if isinstance(v, tuple) else (v, v) for v in (kernel, stride, padding)))
-    sizes = Sizes(channels=channels, grid=(height, width), as_tokens=tokens, geometry=pairs, out=out)
+    sizes = samples.Sizes(channels=channels, grid=(height, width), as_tokens=tokens, geometry=pairs, out=out)
     without = [*(() if bias else ("bias",)), *(() if norm else ("norm_weight", "norm_bias"))]
     *tensors, kernel, stride, padding, grid = samples.make("soft_split_linear", sizes, dtype, without=without).values()
     return tensors, (kernel, stride, padding, grid, 1e-5)

@@ -15,7 +15,6 @@ from torch.utils.checkpoint import checkpoint
 
 from t2t_fast import ops
 from t2t_fast.bench import samples
-from t2t_fast.bench.samples import Sizes
 from t2t_fast.ops.performer import reference
 from t2t_fast.ops.performer.arguments import Layer, Options
 
@@ -37,7 +36,7 @@ def backward(grad: Tensor, kqv: Tensor, *layer: Tensor) -> tuple[Tensor, ...]:
 
 
 def make(tokens: int, dim: int, features: int, hidden: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    sizes = Sizes(tokens=tokens, dim=dim, features=features, hidden=hidden)
+    sizes = samples.Sizes(tokens=tokens, dim=dim, features=features, hidden=hidden)
     return list(samples.make("token_performer", sizes, dtype).values())
 
 

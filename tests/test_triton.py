@@ -65,10 +65,7 @@ def operators() -> dict[str, tuple[Any, tuple[Any, ...]]]:
             (torch.randn(2, 20, 45).requires_grad_(), [2, 5, 9, 8], True, *GEOMETRY),
         ),
         "soft_split_linear": (library.soft_split_linear, (x, weight, offset, f32, True, eps, True, *GEOMETRY)),
-        "soft_split_linear without": (
-            library.soft_split_linear,
-            (x, weight, None, f32, False, eps, False, *GEOMETRY),
-        ),
+        "soft_split_linear without": (library.soft_split_linear, (x, weight, None, f32, False, eps, False, *GEOMETRY)),
         "soft_split_linear_backward_weight": (
             library.soft_split_linear_backward_weight,
             (tokens, x.detach(), stats, stats, f32, True, True, *GEOMETRY),

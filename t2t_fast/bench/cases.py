@@ -104,16 +104,15 @@ def _op(
     work: Callable[[int, int], dict[str, Cost]],
     own: str | None = None,
     *,
-    sizes: Sizes | None = None,
+    sizes: Sizes = T2T_VIT_14["197 tokens"],
     without: Sequence[str] = (),
     **options: Any,
 ) -> Case:
     """A case of a public op with arguments of these sizes, those named in ``without`` None; ``own``: our backend."""
-    given = sizes or T2T_VIT_14["197 tokens"]
     function: Callable[..., Tensor] = getattr(ops, op)
 
     def make(batch: int, draw: Draw) -> Sample:
-        sample = SAMPLES[op](draw, replace(given, batch=batch)) | dict.fromkeys(without)
+        sample = SAMPLES[op](draw, replace(sizes, batch=batch)) | dict.fromkeys(without)
         for tensor in learned(sample):
             tensor.requires_grad_()
         return sample

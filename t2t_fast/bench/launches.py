@@ -61,9 +61,8 @@ def split_launches(dtype: torch.dtype, use: str, without: Sequence[str]) -> Iter
         yield f"soft_split_linear forward{name}", use, launch, True
     d_weight = torch.empty(4, *weight.shape, device="meta")
     given = statistics if has_norm else None
-    launch = soft_split_linear.backward_weight_launch(
-        tokens, image, given, d_weight, d_weight[:, :, 0], dtype, view, window
-    )
+    d_offset = d_weight[:, :, 0]
+    launch = soft_split_linear.backward_weight_launch(tokens, image, given, d_weight, d_offset, dtype, view, window)
     yield "soft_split_linear backward weight", use, launch, True
     launch = soft_split_linear.backward_input_launch(
         tokens, packed, image, given, coefficient if has_norm else None, image, view, window
@@ -84,16 +83,13 @@ def block_launches(dtype: torch.dtype) -> Iterator[tuple[str, str, Launch, bool]
     """As :func:`shipped_launches`, of the backbone's blocks."""
     use, splits = "197 tokens", 4
     rows, vector = meta_sample("add_layer_norm", use, dtype)["x"], meta_sample("add_layer_norm", use)["norm_weight"]
-    statistics, scale = (
-        (vector.new_empty(rows.shape[:2]), vector.new_empty(rows.shape[:2])),
-        vector.new_empty(len(rows)),
-    )
-    for name, factor, kept in (("", None, None), (" training", scale, statistics)):
+    mean, scale = vector.new_empty(rows.shape[:2]), vector.new_empty(len(rows))
+    for name, factor, kept in (("", None, None), (" training", scale, (mean, mean))):
         launch = add_layer_norm.forward_launch(rows, rows, factor, vector, vector, rows, rows, kept, 1e-5)
         yield f"add_layer_norm forward{name}", use, launch, False
     d_vector = vector.new_empty(splits, *vector.shape)
     launch = add_layer_norm.backward_launch(
-        rows, rows, rows, statistics, scale, vector, rows, rows, d_vector, d_vector, splits
+        rows, rows, rows, (mean, mean), scale, vector, rows, rows, d_vector, d_vector, splits
     )
     yield "add_layer_norm backward", use, launch, False
 
