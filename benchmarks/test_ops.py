@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import t2t_fast
-from t2t_fast.bench.cases import CASES, TOLERANCES, Case, exact_step, runners, step, tensors_of, worst_error
+from t2t_fast.bench.cases import CASES, TOLERANCES, Case, exact_step, runners, sample_of, step, worst_error
 from t2t_fast.bench.common import OP_VARIANTS
 from t2t_fast.bench.rates import bytes_per_second, operations_per_second
 
@@ -33,8 +33,8 @@ def test_op(benchmark: Any, case: Case, variant: str, part: str) -> None:
     functions = runners(case)
     if variant not in functions:
         pytest.skip(f"{case.op} has no {variant} implementation")
-    function, tensors = functions[variant], tensors_of(case, BATCH, DTYPE, DEVICE)
-    sample = tensors_of(case, 2, DTYPE, DEVICE)
+    function, tensors = functions[variant], sample_of(case, BATCH, DTYPE, DEVICE)
+    sample = sample_of(case, 2, DTYPE, DEVICE)
 
     def run() -> None:
         if part == "training":

@@ -11,6 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from t2t_fast import ops
+from t2t_fast.bench.samples import Sample, tensors_of
+
 
 @dataclass(frozen=True)
 class Tolerance:
@@ -101,6 +104,16 @@ def gradients(function: Callable[..., Tensor], args: Sequence[Any], grad: Tensor
     wanted = [a for a in leaves if isinstance(a, Tensor)]
     found = iter(torch.autograd.grad(function(*leaves), wanted, grad.to(function(*leaves).dtype)))
     return [next(found) if isinstance(a, Tensor) else None for a in leaves]
+
+
+def function_of(op: str, sample: Sample, *fixed: str, **options: Any) -> tuple[Callable[..., Any], list[Tensor]]:
+    """The public ``op`` as a function of the sample's tensors, but those named in ``fixed``; and these tensors."""
+    tensors = {name: tensor for name, tensor in tensors_of(sample).items() if name not in fixed}
+
+    def function(*given: Tensor, **more: Any) -> Any:
+        return getattr(ops, op)(**sample | dict(zip(tensors, given, strict=True)), **options, **more)
+
+    return function, list(tensors.values())
 
 
 def skip_unless_possible(backend: str, *dtypes: torch.dtype) -> None:

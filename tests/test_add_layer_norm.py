@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import t2t_fast
 from t2t_fast import ops
+from t2t_fast.bench import samples
 from t2t_fast.ops.block import reference
 from t2t_fast.ops.block.triton import why_not_auto_add_layer_norm
 from t2t_fast.ops.common.norm import Norm
@@ -19,8 +20,11 @@ EPS = 1e-5
 
 
 def make(images: int, tokens: int, dim: int, affine: bool = True) -> list[Tensor | None]:
-    x, y = torch.randn(2, images, tokens, dim)
-    return [x, y, 1 + 0.3 * torch.randn(dim) if affine else None, 0.3 * torch.randn(dim) if affine else None]
+    sizes, without = (
+        samples.Sizes(batch=images, tokens=tokens, channels=dim),
+        () if affine else ("norm_weight", "norm_bias"),
+    )
+    return list(samples.make("add_layer_norm", sizes, without=without).values())
 
 
 def formula(

@@ -8,6 +8,7 @@ from helpers import assert_close, gradients, hand_written, leaves
 from torch import Tensor
 
 from t2t_fast import ops
+from t2t_fast.bench import samples
 from t2t_fast.ops.softmax_attention import reference
 
 BACKENDS = ("reference", "aten")
@@ -17,7 +18,7 @@ BACKENDS = ("reference", "aten")
 @pytest.mark.parametrize(("heads", "tokens", "dim"), [(1, 61, 64), (6, 17, 64), (32, 5, 12), (2, 1, 7)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_forward_and_gradients(backend: str, heads: int, tokens: int, dim: int, dtype: torch.dtype) -> None:
-    qkv = torch.randn(2, tokens, 3, heads, dim, dtype=torch.float64).to(dtype).permute(2, 0, 3, 1, 4)
+    *qkv, _ = samples.make("attention", samples.Sizes(tokens=tokens, heads=heads, dim=dim), dtype).values()
     scale = 147**-0.5  # not 1/sqrt(dim): the token transformer's scale is that of its input width
     exact = [t.double() for t in qkv]
     want = torch.softmax(torch.einsum("bhnd,bhmd->bhnm", exact[0], exact[1]) * scale, -1) @ exact[2]
@@ -28,7 +29,7 @@ def test_forward_and_gradients(backend: str, heads: int, tokens: int, dim: int, 
         return  # softmax over one score: the gradients of q and k vanish
     grad = torch.randn_like(want).to(dtype)
     wanted = reference.attention_backward(grad.double(), *exact, scale)
-    found = gradients(lambda q, k, v: ops.attention(q, k, v, scale, backend=backend), list(qkv), grad)
+    found = gradients(lambda q, k, v: ops.attention(q, k, v, scale, backend=backend), qkv, grad)
     for g, w in zip(found, wanted, strict=True):
         assert_close(g, w, dtype, tokens * dim, grad=True)
 
@@ -69,21 +70,22 @@ def test_dropout_keeps_the_mean(backend: str) -> None:
 @pytest.mark.parametrize(("images", "heads", "tokens"), [(5, 6, 197), (2, 1, 1100), (1, 3, 110), (1, 3, 1), (0, 2, 5)])
 def test_bfloat16_on_the_cpu_in_blocks(images: int, heads: int, tokens: int) -> None:
     """Several groups of images, several blocks of rows, their remainders, and an empty batch."""
-    qkv = torch.randn(images, tokens, 3, heads, 16).bfloat16().permute(2, 0, 3, 1, 4)
-    exact = qkv.double()
-    want = torch.softmax(exact[0] @ exact[1].transpose(-2, -1) / 4, -1) @ exact[2]
-    got = ops.attention(*qkv, 0.25, backend="aten")
+    sizes = samples.Sizes(batch=images, tokens=tokens, heads=heads, dim=16)
+    *qkv, scale = samples.make("attention", sizes, torch.bfloat16).values()
+    exact = [t.double() for t in qkv]
+    want = torch.softmax(exact[0] @ exact[1].transpose(-2, -1) * scale, -1) @ exact[2]
+    got = ops.attention(*qkv, scale, backend="aten")
     assert got.dtype == torch.bfloat16
     assert_close(got, want, torch.bfloat16, tokens)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = ops.attention(*qkv.float(), 0.25, backend="aten")
+        got = ops.attention(*(t.float() for t in qkv), scale, backend="aten")
     assert got.dtype == torch.bfloat16
     assert_close(got, want, torch.bfloat16, tokens)
     if images == 0 or tokens == 1:
         return
     grad = torch.randn_like(want).bfloat16()
-    wanted = reference.attention_backward(grad.double(), *exact, 0.25)
-    found = gradients(lambda q, k, v: ops.attention(q, k, v, 0.25, backend="aten"), list(qkv), grad)
+    wanted = reference.attention_backward(grad.double(), *exact, scale)
+    found = gradients(lambda q, k, v: ops.attention(q, k, v, scale, backend="aten"), qkv, grad)
     for g, w in zip(found, wanted, strict=True):
         assert_close(g, w, torch.bfloat16, tokens, grad=True)
 

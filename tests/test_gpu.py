@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import TOLERANCES, rounding_moves
+from helpers import TOLERANCES, function_of, rounding_moves
 from torch import Tensor
 
 import t2t_fast
-from t2t_fast import ops
+from t2t_fast.bench import samples
+from t2t_fast.bench.samples import Sizes
 from t2t_fast.ops.common import extension
+from t2t_fast.ops.soft_splits.arguments import Geometry
 
 HALF = (torch.float16, torch.bfloat16)
 CALLS = (
@@ -25,48 +27,27 @@ CALLS = (
 on_devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 
 
-def make(name: str, scale: int = 1) -> tuple[Callable[..., Any], list[Tensor | None], str]:
-    """A call with odd sizes, as a function of a backend and tensors; float64 tensors; the backend to try."""
+def sizes_of(name: str, scale: int) -> Sizes:
+    """Odd sizes, that grow with ``scale``."""
+    side = 12 + 11 * scale
+    if name == "soft_split_linear of tokens":
+        return Sizes(channels=24, grid=(9, 7 + scale), as_tokens=True, out=40)
+    if name.startswith("soft_split"):
+        windows = Geometry((7, 7), (4, 4), (2, 2))
+        return Sizes(batch=3, channels=3, grid=(side, side + 2), geometry=windows, out=72, features=12, hidden=20)
+    hidden = 20 if name == "token_performer" else 96
+    return Sizes(tokens=19 + 50 * scale, channels=40, hidden=hidden, reduced=5, features=12)
 
-    def new(*shape: int, like: float = 1.0) -> Tensor:
-        return torch.randn(shape, dtype=torch.float64) * like
 
-    side, tokens = 12 + 11 * scale, 19 + 50 * scale
-    layer = [new(24, 24, like=0.2), *new(3, 24), new(20, 24, like=0.2), new(20), new(24, 20, like=0.2), new(24)]
-    layer[2] = 1 + 0.1 * layer[2]
-    image, patches = new(3, 3, side, side + 2), 3 * 49
-    split = [new(72, patches, like=patches**-0.5), new(72), 1 + 0.1 * new(patches), new(patches)]
-    w = 0.3 * new(12, 24)
-    geometry = (7, 4, 2)
-    blocks = [new(96, 40, like=0.2), new(96), new(40, 96, like=0.1), new(40)]
-    rows, norm = new(2, tokens, 40), [1 + 0.1 * new(40), new(40)]
-    gate = [new(5, 40, like=0.2), new(40, 5, like=0.5)]
-    grid = (9, 7 + scale)
-    as_tokens = [new(2, grid[0] * grid[1], 24), new(40, 216, like=0.07), new(40), 1 + 0.1 * new(216), new(216)]
-    calls: dict[str, tuple[Callable[..., Any], list[Tensor | None], str]] = {
-        "soft_split": (lambda x, **k: ops.soft_split(x, *geometry, **k), [image], "triton"),
-        "soft_split_linear": (lambda *t, **k: ops.soft_split_linear(*t, *geometry, **k), [image, *split], "triton"),
-        "soft_split_linear of tokens": (
-            lambda *t, **k: ops.soft_split_linear(*t, 3, 2, 1, grid=grid, **k),
-            as_tokens,
-            "triton",
-        ),
-        "performer_attention": (
-            lambda kqv, w, **k: ops.performer_attention(*kqv.chunk(3, -1), w, **k),
-            [new(2, tokens, 72), w],
-            "triton",
-        ),
-        "token_performer": (ops.token_performer, [new(2, tokens, 72), w, *layer], "triton"),
-        "soft_split_performer": (
-            lambda *t, **k: ops.soft_split_performer(*t, *geometry, **k),
-            [image, *split, w, *layer],
-            "triton",
-        ),
-        "add_layer_norm": (ops.add_layer_norm, [rows, new(2, tokens, 40), *norm], "triton"),
-        "se_gate": (ops.se_gate, [rows, *gate], "native"),
-        "se_mlp": (ops.se_mlp, [rows, *blocks, *gate], "native"),
-    }
-    return calls[name]
+def make(
+    name: str, dtype: torch.dtype, device: str, scale: int
+) -> tuple[Callable[..., Any], list[Tensor], dict[str, str]]:
+    """A call as a function of tensors; tensors; the backend to try, as an argument. Skips where the backend is not."""
+    op, backend = name.removesuffix(" of tokens"), "native" if name.startswith("se_") else "triton"
+    reason = extension.why_not(torch.empty(1, device=device)) if backend == "native" else None
+    if reason is not None:
+        pytest.skip(reason)
+    return *function_of(op, samples.make(op, sizes_of(name, scale), dtype, device)), {"backend": backend}
 
 
 @pytest.fixture
@@ -76,20 +57,14 @@ def ieee() -> Iterator[None]:
     torch.set_float32_matmul_precision(before)
 
 
-def differentiate(function: Callable[..., Any], tensors: list[Tensor | None], **options: Any) -> list[Tensor]:
+def differentiate(function: Callable[..., Any], tensors: list[Tensor], **options: Any) -> list[Tensor]:
     """Results and gradients for fixed random gradients of the results."""
-    leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
+    leaves = [t.detach().requires_grad_() for t in tensors]
     results = function(*leaves, **options)
     results = results if isinstance(results, tuple) else (results,)
     generator = torch.Generator().manual_seed(1)
     grads = [torch.randn(r.shape, generator=generator, dtype=torch.float64).to(r.device, r.dtype) for r in results]
-    return [*results, *torch.autograd.grad(results, [t for t in leaves if t is not None], grads)]
-
-
-def skip_where_missing(backend: str, device: str) -> None:
-    reason = extension.why_not(torch.empty(1, device=device)) if backend == "native" else None
-    if reason is not None:
-        pytest.skip(reason)
+    return [*results, *torch.autograd.grad(results, leaves, grads)]
 
 
 @on_devices
@@ -100,14 +75,12 @@ def test_against_float64(name: str, precision: str, device: str) -> None:
     """Results and all gradients, at odd sizes, by norm."""
     if device == "cpu" and precision != "float32":
         pytest.skip("on the CPU float32 tries the test; the ops' own tests try the dtypes")
-    function, exact, backend = make(name, scale=4 if device == "cuda" else 0)
-    skip_where_missing(backend, device)
     dtype = torch.float32 if precision == "tf32" else getattr(torch, precision)
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    tensors = [None if t is None else t.to(device, dtype) for t in exact]
-    rounded = [None if t is None else t.double().cpu() for t in tensors]
+    function, tensors, backend = make(name, dtype, device, scale=4 if device == "cuda" else 0)
+    rounded = [t.double().cpu() for t in tensors]
     want = differentiate(function, rounded, backend="reference")
-    got = differentiate(function, tensors, backend=backend)
+    got = differentiate(function, tensors, **backend)
     tolerance = TOLERANCES[torch.float16 if precision == "tf32" else dtype]  # as many digits
     moves = rounding_moves(
         lambda *t: differentiate(function, list(t), backend="reference"),
@@ -123,10 +96,8 @@ def test_against_float64(name: str, precision: str, device: str) -> None:
 @on_devices
 @pytest.mark.parametrize("name", CALLS)
 def test_twice_the_same_bits(name: str, device: str) -> None:
-    function, exact, backend = make(name, scale=8 if device == "cuda" else 0)
-    skip_where_missing(backend, device)
-    tensors = [None if t is None else t.to(device, torch.float32) for t in exact]
-    first, second = (differentiate(function, tensors, backend=backend) for _ in range(2))
+    function, tensors, backend = make(name, torch.float32, device, scale=8 if device == "cuda" else 0)
+    first, second = (differentiate(function, tensors, **backend) for _ in range(2))
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
 
@@ -135,13 +106,10 @@ def test_twice_the_same_bits(name: str, device: str) -> None:
 @pytest.mark.parametrize("name", CALLS)
 def test_for_the_sanitizer(name: str, device: str) -> None:
     """Small and odd, forward and backward: for compute-sanitizer, which selects tests of this name."""
-    function, exact, backend = make(name, scale=0)
-    skip_where_missing(backend, device)
-    dtype = torch.float32 if device == "cpu" else torch.float16
-    tensors = [None if t is None else t.to(device, dtype) for t in exact]
-    assert all(torch.isfinite(t).all() for t in differentiate(function, tensors, backend=backend))
+    function, tensors, backend = make(name, torch.float32 if device == "cpu" else torch.float16, device, scale=0)
+    assert all(torch.isfinite(t).all() for t in differentiate(function, tensors, **backend))
     with torch.no_grad():
-        function(*tensors, backend=backend)
+        function(*tensors, **backend)
 
 
 @on_devices

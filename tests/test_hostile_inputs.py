@@ -15,52 +15,9 @@ from torch import Tensor
 
 import t2t_fast
 from t2t_fast import ops
+from t2t_fast.bench.samples import SAMPLES, make
 
 DOCUMENTED = (TypeError, ValueError, t2t_fast.BackendUnavailable)
-
-
-def tensors(*shapes: tuple[int, ...]) -> list[Tensor]:
-    return [torch.randn(shape) * 0.1 for shape in shapes]
-
-
-def calls() -> dict[str, dict[str, Any]]:
-    """Valid arguments of every public op, by name."""
-    image, weight, bias, gamma, beta = tensors((2, 3, 9, 9), (24, 27), (24,), (27,), (27,))
-    window = {"kernel_size": 3, "stride": 2, "padding": 1, "grid": None}
-    k, q, v, w = tensors((2, 5, 8), (2, 5, 8), (2, 5, 8), (4, 8))
-    square, vector = tensors((8, 8), (8,))
-    layer = dict(zip(("proj_weight", "fc1_weight", "fc2_weight"), tensors(*[(8, 8)] * 3), strict=True))
-    layer |= dict(zip(("proj_bias", "fc1_bias", "fc2_bias"), tensors(*[(8,)] * 3), strict=True))
-    tokens, reduce, expand = tensors((2, 5, 8), (2, 8), (8, 2))
-    fc1, fc2, hidden = tensors((12, 8), (8, 12), (12,))
-    mlp = {"x": tokens, "fc1_weight": fc1, "fc1_bias": hidden, "fc2_weight": fc2, "fc2_bias": vector}
-    norms = {"norm_weight": vector, "norm_bias": vector}
-    return {
-        "soft_split": {"x": image, **window},
-        "soft_split_linear": {"x": image, "weight": weight, "bias": bias, "norm_weight": gamma, "norm_bias": beta}
-        | window,
-        "performer_attention": {"k": k, "q": q, "v": v, "w": w},
-        "token_performer": {"kqv": torch.cat((k, q, v), -1), "w": w, **norms, **layer},
-        "soft_split_performer": {
-            "x": image,
-            "kqv_weight": weight,
-            "kqv_bias": bias,
-            "norm1_weight": gamma,
-            "norm1_bias": beta,
-            "w": w,
-            "norm2_weight": vector,
-            "norm2_bias": vector,
-            **layer,
-            **window,
-        },
-        "attention": {"q": q.unsqueeze(1), "k": k.unsqueeze(1), "v": v.unsqueeze(1), "scale": 0.3},
-        "linear": {"x": tokens, "weight": square, "bias": vector},
-        "mlp": mlp,
-        "layer_norm_linear": {"x": tokens, "weight": square, "bias": vector, **norms},
-        "add_layer_norm": {"x": tokens, "y": q, **norms},
-        "se_gate": {"x": tokens, "w_reduce": reduce, "w_expand": expand},
-        "se_mlp": {**mlp, "w_reduce": reduce, "w_expand": expand},
-    }
 
 
 ODD: list[Callable[[Any], Any]] = [
@@ -89,10 +46,10 @@ ODD: list[Callable[[Any], Any]] = [
 ]
 
 
-def test_the_calls_cover_every_public_op() -> None:
-    assert sorted(calls()) == sorted(ops.__all__)
-    for name, arguments in calls().items():
-        assert torch.isfinite(getattr(ops, name)(**arguments)[0]).all(), name
+def test_the_samples_cover_every_public_op() -> None:
+    assert sorted(SAMPLES) == sorted(ops.__all__)
+    for name in SAMPLES:
+        assert torch.isfinite(getattr(ops, name)(**make(name))[0]).all(), name
 
 
 @pytest.mark.parametrize("name", ops.__all__)
@@ -102,7 +59,7 @@ def test_ops(name: str) -> None:
     function = getattr(ops, name)
     known = set(inspect.signature(function).parameters) - {"backend"}
     for _ in range(250):
-        arguments = calls()[name]
+        arguments = make(name)
         for key in draw.sample(sorted(known), draw.choice((1, 1, 2))):
             arguments[key] = draw.choice(ODD)(arguments.get(key, 0.1))
         backend = draw.choice(("auto", "auto", "aten", "reference", "native"))

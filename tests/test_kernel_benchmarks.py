@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from t2t_fast import ops
 from t2t_fast.bench import kernels, rates, tables
-from t2t_fast.bench.cases import CASES, exact_step, runners, step, tensors_of, worst_error
+from t2t_fast.bench.cases import CASES, exact_step, runners, sample_of, step, worst_error
 from t2t_fast.ops.block import op as block
 from t2t_fast.ops.se import op as se
 
@@ -96,7 +96,7 @@ def test_a_wrong_result_is_not_timed(value: float, tmp_path: Path, monkeypatch: 
 
 def test_all_wrong_by_a_factor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The literal form does not loosen its own gate."""
-    monkeypatch.setattr(kernels, "step", lambda function, tensors: [1000 * t for t in step(function, tensors)])
+    monkeypatch.setattr(kernels, "step", lambda function, sample: [1000 * t for t in step(function, sample)])
     path = tmp_path / "kernels.json"
     arguments = ["--ops", "se_gate", "--batch-size", "1", "--no-compile", "--device", "cpu"]
     assert kernels.main([*arguments, "--output", str(path)]) == 1
@@ -126,9 +126,9 @@ def test_tensors_that_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     def limited(case: Any, batch: int, *args: Any) -> Any:
         if case.op == "add_layer_norm" and batch > 4:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
-        return tensors_of(case, batch, *args)
+        return sample_of(case, batch, *args)
 
-    monkeypatch.setattr(kernels, "tensors_of", limited)
+    monkeypatch.setattr(kernels, "sample_of", limited)
     path = tmp_path / "kernels.json"
     arguments = ["--ops", "add_layer_norm", "se_gate", "--batch-size", "5", "--no-compile", "--device", "cpu"]
     assert kernels.main([*arguments, "--output", str(path)]) == 0
@@ -156,7 +156,7 @@ def test_a_reference_that_fails_blames_no_other(monkeypatch: pytest.MonkeyPatch)
 def test_exchanged_gradients_are_wrong() -> None:
     """Of an op with two results of one shape."""
     (case,) = (case for case in CASES if case.op == "add_layer_norm")
-    tensors = tensors_of(case, 1, torch.float32, torch.device("cpu"))
+    sample = sample_of(case, 1, torch.float32, torch.device("cpu"))
 
     class Exchanged(torch.autograd.Function):
         @staticmethod
@@ -167,9 +167,9 @@ def test_exchanged_gradients_are_wrong() -> None:
         def backward(ctx: Any, a: torch.Tensor, b: torch.Tensor) -> Any:
             return b, a
 
-    want = exact_step(case, tensors)
-    assert worst_error(step(lambda t: case.call("aten", t), tensors), want) < 1e-5
-    assert worst_error(step(lambda t: Exchanged.apply(*case.call("aten", t)), tensors), want) > 0.1
+    want = exact_step(case, sample)
+    assert worst_error(step(lambda t: case.call("aten", t), sample), want) < 1e-5
+    assert worst_error(step(lambda t: Exchanged.apply(*case.call("aten", t)), sample), want) > 0.1
 
 
 @pytest.mark.parametrize("factor", [1.0, 1.5])
@@ -180,8 +180,8 @@ def test_the_suite_times_nothing_wrong(factor: float, monkeypatch: pytest.Monkey
     monkeypatch.setattr(test_ops, "rates", lambda: (1e9, 1e9))
     (case,) = (case for case in CASES if case.op == "se_gate")
 
-    def call(backend: str, tensors: Any) -> torch.Tensor:
-        return case.call(backend, tensors) * (factor if backend == "aten" else 1.0)
+    def call(backend: str, sample: Any) -> torch.Tensor:
+        return case.call(backend, sample) * (factor if backend == "aten" else 1.0)
 
     class Benchmark:
         timed, stats, extra_info = False, None, dict[str, Any]()
@@ -208,30 +208,30 @@ def test_every_case_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(small) > 8
     with torch._dynamo.config.patch(recompile_limit=8):  # torch's own, whatever ran before
         for case in small:
-            tensors = tensors_of(case, 1, torch.float32, torch.device("cpu"))
+            sample = sample_of(case, 1, torch.float32, torch.device("cpu"))
             run = runners(case)["reference, compiled"]
-            run(tensors)
+            run(sample)
             with torch.no_grad():
-                run(tensors)
+                run(sample)
             assert counters[-1].frame_count == 2, case.name
 
 
 def test_gradients_are_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who times a step must not time the drawing of random numbers."""
     (case,) = (case for case in CASES if case.op == "add_layer_norm")
-    tensors = tensors_of(case, 1, torch.float32, torch.device("cpu"))
-    first = step(runners(case)["aten"], tensors)
+    sample = sample_of(case, 1, torch.float32, torch.device("cpu"))
+    first = step(runners(case)["aten"], sample)
     monkeypatch.setattr(torch, "randn", lambda *args, **kwargs: pytest.fail("drawn again"))
-    second = step(runners(case)["aten"], tensors)
+    second = step(runners(case)["aten"], sample)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_work_is_the_matrix_products() -> None:
     """The flops of every case equal those that torch counts for its reference."""
     for case in CASES:
-        tensors = tensors_of(case, 1, torch.float32, torch.device("cpu"))
+        sample = sample_of(case, 1, torch.float32, torch.device("cpu"))
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            case.call("reference", tensors)
+            case.call("reference", sample)
         counted, claimed = counter.get_total_flops(), case.work(1, 4)["forward"].flops
         assert abs(counted - claimed) <= 0.02 * counted + 2e5, case.name  # the gates' and denominators' are left out
 

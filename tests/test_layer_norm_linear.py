@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from t2t_fast import ops
+from t2t_fast.bench import samples
 from t2t_fast.ops.block import reference
 from t2t_fast.ops.common.norm import Norm
 
@@ -19,13 +20,10 @@ EPS = 1e-5
 
 
 def make(images: int, tokens: int, dim: int, out: int, affine: bool = True, bias: bool = True) -> list[Tensor | None]:
-    return [
-        torch.randn(images, tokens, dim) + torch.randn(images, tokens, 1),
-        torch.randn(out, dim) / dim**0.5,
-        torch.randn(out) if bias else None,
-        1 + 0.3 * torch.randn(dim) if affine else None,
-        0.3 * torch.randn(dim) if affine else None,
-    ]
+    without = [*(() if bias else ("bias",)), *(() if affine else ("norm_weight", "norm_bias"))]
+    sizes = samples.Sizes(batch=images, tokens=tokens, channels=dim, out=out)
+    x, *weights = samples.make("layer_norm_linear", sizes, without=without).values()
+    return [x + torch.randn(images, tokens, 1), *weights]
 
 
 def formula(gelu: bool) -> Callable[..., Tensor]:

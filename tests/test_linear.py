@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import t2t_fast
 from t2t_fast import ops
+from t2t_fast.bench import samples
 from t2t_fast.layers.packed_linear import PackedLinear
 
 BACKENDS = ("reference", "aten")
@@ -22,7 +23,7 @@ SHAPES = [(2, 19, 32, 96), (1, 1, 5, 3), (3, 50, 64, 1), (0, 4, 6, 7)]  # images
 
 
 def make(images: int, tokens: int, dim: int, out: int) -> list[Tensor]:
-    return [torch.randn(images, tokens, dim), torch.randn(out, dim) / dim**0.5, torch.randn(out)]
+    return list(samples.make("linear", samples.Sizes(batch=images, tokens=tokens, channels=dim, out=out)).values())
 
 
 def erf_gelu(x: Tensor) -> Tensor:
@@ -141,7 +142,7 @@ class LibraryCounter(TorchDispatchMode):
 
 @pytest.mark.parametrize("gradients", [False, True])
 def test_counters_see_library_products(gradients: bool) -> None:
-    x, weight, bias = torch.randn(2, 7, 6), torch.randn(5, 6), torch.randn(5)
+    x, weight, bias = make(2, 7, 6, 5)
     packed = PackedLinear(nn.Linear(6, 5))
     with torch.set_grad_enabled(gradients), LibraryCounter() as counter:
         ops.linear(x, weight.requires_grad_(), bias)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import t2t_fast
 from t2t_fast import ops
+from t2t_fast.bench import samples
 from t2t_fast.layers.block import Block
 from t2t_fast.ops.block import reference
 from t2t_fast.ops.block.arguments import MlpWeights
@@ -20,13 +21,7 @@ BACKENDS = ("reference", "aten")
 
 
 def make(tokens: int, dim: int, hidden: int) -> list[Tensor]:
-    return [
-        torch.randn(2, tokens, dim),
-        torch.randn(hidden, dim) / math.sqrt(dim),
-        torch.randn(hidden),
-        torch.randn(dim, hidden) / math.sqrt(hidden),
-        torch.randn(dim),
-    ]
+    return list(samples.make("mlp", samples.Sizes(tokens=tokens, channels=dim, hidden=hidden)).values())
 
 
 def formula(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from t2t_fast import BackendUnavailable, ops
+from t2t_fast.bench import samples
 from t2t_fast.ops.performer import reference
 
 pytestmark = pytest.mark.usefixtures("on_device", "poisoned")
@@ -20,8 +21,9 @@ BACKENDS = ("reference", "aten", "triton")
 
 def make(batch: int, tokens: int, dim: int, features: int, std: float = 0.7) -> tuple[Tensor, Tensor]:
     """A float64 kqv (batch, tokens, 3 * dim) and w (features, dim) with orthogonal rows of norm sqrt(features)."""
-    w = torch.linalg.qr(torch.randn(max(dim, features), dim, dtype=torch.float64).T).Q.T[:features]
-    return std * torch.randn(batch, tokens, 3 * dim, dtype=torch.float64), w[:features] * math.sqrt(features)
+    sizes = samples.Sizes(batch=batch, tokens=tokens, dim=dim, features=features)
+    k, q, v, w = samples.make("performer_attention", sizes, torch.float64).values()
+    return std / 0.7 * torch.cat((k, q, v), -1), w
 
 
 def double_sum(k: Tensor, q: Tensor, v: Tensor, w: Tensor, eps: float) -> Tensor:

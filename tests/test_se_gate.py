@@ -8,6 +8,7 @@ from helpers import assert_close, gradients, hand_written, leaves, rounding_move
 from torch import Tensor
 
 from t2t_fast import ops
+from t2t_fast.bench import samples
 from t2t_fast.ops.common.branch import Branch
 from t2t_fast.ops.se import reference
 from t2t_fast.ops.se.arguments import GateWeights
@@ -28,10 +29,9 @@ def defined_backward(grad: Tensor, x: Tensor, *gate: Tensor) -> tuple[Tensor, ..
 @pytest.mark.parametrize(("tokens", "dim", "reduced"), [(197, 48, 3), (1, 16, 1), (33, 384, 24)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_forward_and_gradients(backend: str, tokens: int, dim: int, reduced: int, dtype: torch.dtype) -> None:
-    x = (1 + torch.randn(3, tokens, dim)).to(dtype)
-    # Scaled as layers are initialised: a sigmoid's argument of some hundred would turn its rounding into error.
-    w_reduce, w_expand = (torch.randn(s) / s[1] ** 0.5 for s in ((reduced, dim), (dim, reduced)))
-    w_reduce, w_expand = w_reduce.to(dtype), w_expand.to(dtype)
+    sizes = samples.Sizes(batch=3, tokens=tokens, channels=dim, reduced=reduced)
+    x, w_reduce, w_expand = samples.make("se_gate", sizes, dtype).values()
+    x += 1
     exact = [t.double() for t in (x, w_reduce, w_expand)]
     gate = torch.sigmoid(torch.relu(exact[0].mean(1) @ exact[1].T) @ exact[2].T)
     want = exact[0] * gate[:, None]
@@ -47,7 +47,7 @@ def test_forward_and_gradients(backend: str, tokens: int, dim: int, reduced: int
 
 
 def test_gradcheck() -> None:
-    inputs = leaves(torch.randn(2, 5, 6), torch.randn(3, 6), torch.randn(6, 3))
+    inputs = leaves(*samples.make("se_gate", samples.Sizes(tokens=5, channels=6)).values())
     for backend in BACKENDS:
         assert torch.autograd.gradcheck(lambda *t, b=backend: ops.se_gate(*t, backend=b), inputs)
     assert torch.autograd.gradcheck(hand_written(defined, defined_backward, 3), tuple(inputs))

@@ -10,6 +10,7 @@ from helpers import assert_close, gradients, hand_written, leaves, rounding_move
 from torch import Tensor
 
 from t2t_fast import ops
+from t2t_fast.bench import samples
 from t2t_fast.ops.block.arguments import MlpWeights
 from t2t_fast.ops.common.branch import Branch
 from t2t_fast.ops.se import reference
@@ -19,16 +20,8 @@ BACKENDS = ("reference", "aten", "native")
 
 
 def make(tokens: int, dim: int, hidden: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    tensors = [
-        torch.randn(2, tokens, dim),
-        torch.randn(hidden, dim) / math.sqrt(dim),
-        torch.randn(hidden),
-        torch.randn(dim, hidden) / math.sqrt(hidden),
-        torch.randn(dim),
-        torch.randn(max(1, dim // 16), dim) / math.sqrt(dim),
-        torch.randn(dim, max(1, dim // 16)) / math.sqrt(max(1, dim // 16)),
-    ]
-    return [t.to(dtype) for t in tensors]
+    sizes = samples.Sizes(tokens=tokens, channels=dim, hidden=hidden, reduced=max(1, dim // 16))
+    return list(samples.make("se_mlp", sizes, dtype).values())
 
 
 def formula(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, reduce: Tensor, expand: Tensor) -> Tensor:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from helpers import function_of
 from small_models import FAMILIES, relative_error, seeded_images, small
 from torch import Tensor, nn
 
 from t2t_fast import ops
+from t2t_fast.bench import samples
+from t2t_fast.bench.samples import SAMPLES, Sizes, branch
 from t2t_fast.ops.common import extension
 
 every_family = pytest.mark.parametrize("name", FAMILIES.values(), ids=FAMILIES)
@@ -20,56 +24,30 @@ def tensors(*shapes: tuple[int, ...]) -> list[Tensor]:
     return [torch.randn(shape, dtype=torch.float64).requires_grad_() for shape in shapes]
 
 
-def add_layer_norm(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, **options: Any) -> Tensor:
-    scale = torch.tensor([0.0, 2.0], dtype=x.dtype)
-    return torch.cat(ops.add_layer_norm(x, y, weight, bias, branch_scale=scale, **options))
+SMALL = Sizes(tokens=3, channels=4, out=5, hidden=6, reduced=2, heads=2, dim=4, features=2)
+OPTIONS: dict[str, dict[str, Any]] = {"linear": {"gelu": True}, "layer_norm_linear": {"gelu": True}}
+OPTIONS["add_layer_norm"] = {"branch_scale": torch.tensor([0.0, 2.0], dtype=torch.float64)}
+# Backends of our own that differentiate twice.
+OWN = {"se_gate": "native", "se_mlp": "native"}
+OWN |= dict.fromkeys(("add_layer_norm", "performer_attention", "token_performer"), "triton")
+OWN |= dict.fromkeys(("soft_split", "soft_split_linear"), "triton")
+CASES = [(op, b) for op in SAMPLES for b in ("auto", "aten", "reference", *([OWN[op]] if op in OWN else []))]
 
 
-LAYER = [(4, 4), (4,), (4,), (4,), (6, 4), (6,), (4, 6), (4,)]
-OPS: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]], tuple[str, ...]]] = {
-    "linear": (lambda *t, **o: ops.linear(*t, gelu=True, **o), [(2, 3, 4), (5, 4), (5,)], ()),
-    "layer_norm_linear": (
-        lambda *t, **o: ops.layer_norm_linear(*t, gelu=True, **o),
-        [(2, 3, 4), (5, 4), (5,), (4,), (4,)],
-        (),
-    ),
-    "mlp": (ops.mlp, [(2, 3, 4), (5, 4), (5,), (4, 5), (4,)], ()),
-    "add_layer_norm": (add_layer_norm, [(2, 3, 4), (2, 3, 4), (4,), (4,)], ("triton",)),
-    "se_gate": (
-        lambda x, r, e, res, s, **o: ops.se_gate(x, r, e, residual=res, branch_scale=s, **o),
-        [(2, 3, 4), (2, 4), (4, 2), (2, 3, 4), (2,)],
-        ("native",),
-    ),
-    "se_mlp": (
-        lambda *t, **o: ops.se_mlp(*t[:7], residual=t[7], branch_scale=t[8], **o),
-        [(2, 3, 4), (5, 4), (5,), (4, 5), (4,), (2, 4), (4, 2), (2, 3, 4), (2,)],
-        ("native",),
-    ),
-    "attention": (lambda q, k, v, **o: ops.attention(q, k, v, 0.5, **o), [(2, 2, 3, 4)] * 3, ()),
-    "performer_attention": (ops.performer_attention, [(2, 3, 4)] * 3 + [(2, 4)], ("triton",)),
-    "token_performer": (
-        lambda *t, **o: ops.token_performer(t[0], t[1].detach(), *t[2:], **o),
-        [(1, 3, 12), (2, 4), *LAYER],
-        ("triton",),
-    ),
-    "soft_split": (lambda x, **o: ops.soft_split(x, 3, 2, 1, **o), [(1, 2, 5, 5)], ("triton",)),
-    "soft_split_linear": (
-        lambda *t, **o: ops.soft_split_linear(*t, 3, 2, 1, **o),
-        [(1, 2, 5, 5), (4, 18), (4,), (18,), (18,)],
-        ("triton",),
-    ),
-    "soft_split_performer": (
-        lambda *t, **o: ops.soft_split_performer(*t[:5], t[5].detach(), *t[6:], 3, 2, 1, **o),
-        [(1, 2, 5, 5), (12, 18), (12,), (18,), (18,), (2, 4), *LAYER],
-        (),
-    ),
-}
-CASES = [(op, backend) for op in OPS for backend in ("auto", "aten", "reference", *OPS[op][2])]
+def make(op: str) -> tuple[Callable[..., Any], list[Tensor]]:
+    """The op as a function of all its tensors, but of a layer's w; and float64 tensors that require a gradient."""
+    sizes = replace(SMALL, batch=1, channels=2, grid=(5, 5)) if op.startswith("soft_split") else SMALL
+    sample = samples.make(op, sizes, torch.float64)
+    if op in ("se_gate", "se_mlp"):
+        sample |= branch(sample["x"])
+    function, inputs = function_of(op, sample, *(["w"] if "proj_weight" in sample else []), **OPTIONS.get(op, {}))
+    return function, [t.requires_grad_() for t in inputs]
 
 
-def second(function: Callable[..., Tensor], inputs: list[Tensor]) -> Tensor:
+def second(function: Callable[..., Any], inputs: list[Tensor]) -> Tensor:
     """A Hessian-vector product of a sum of weighted squares, over all inputs."""
-    y = function(*inputs)
+    results = function(*inputs)
+    y = torch.cat(results) if isinstance(results, tuple) else results
     weights = torch.linspace(0.5, 1.5, y.numel(), dtype=y.dtype).view_as(y)
     gradients = torch.autograd.grad((weights * y.square()).sum(), inputs, create_graph=True, allow_unused=True)
     directions = torch.Generator().manual_seed(1)
@@ -86,11 +64,10 @@ def second(function: Callable[..., Tensor], inputs: list[Tensor]) -> Tensor:
 def test_hessian_vector_products_of_ops(op: str, backend: str) -> None:
     if backend == "native" and extension.module is None:
         pytest.skip(str(extension.why_not_loaded))
-    function, shapes, _ = OPS[op]
-    inputs = tensors(*shapes)
+    function, inputs = make(op)
     want = second(lambda *t: function(*t, backend="reference"), inputs)
     assert relative_error(second(lambda *t: function(*t, backend=backend), inputs), want) < 1e-11
-    if backend == "auto" and "token_performer" not in op and op != "soft_split_performer":  # whose w is detached here
+    if backend == "auto":
         assert torch.autograd.gradgradcheck(lambda *t: function(*t, backend=backend), inputs, fast_mode=True)
 
 
@@ -112,12 +89,12 @@ def test_inputs_that_are_one_another() -> None:
 
 def test_masks_of_triton_dropout() -> None:
     """With one seed the gradient is a function of the inputs, and its derivative is the second."""
-    inputs, w = tensors((1, 3, 12), *LAYER), torch.randn(2, 4, dtype=torch.float64)
+    function, inputs = make("token_performer")
 
-    def gradient(kqv: Tensor, *layer: Tensor) -> Tensor:
+    def gradient(*given: Tensor) -> Tensor:
         torch.manual_seed(7)
-        y = ops.token_performer(kqv, w, *layer, 0.4, 0.3, backend="triton")
-        return torch.autograd.grad(y.square().sum(), kqv, create_graph=True)[0]
+        y = function(*given, proj_drop=0.4, mlp_drop=0.3, backend="triton")
+        return torch.autograd.grad(y.square().sum(), given[0], create_graph=True)[0]
 
     directions = [torch.randn_like(t) for t in inputs]
     value = (gradient(*inputs) * directions[0]).sum()

@@ -13,6 +13,7 @@ from helpers import TOLERANCES, assert_close, gradients, hand_written, leaves, r
 from torch import Tensor
 
 from t2t_fast import ops
+from t2t_fast.bench import samples
 from t2t_fast.ops.common.norm import Norm
 from t2t_fast.ops.soft_splits import aten, reference
 from t2t_fast.ops.soft_splits.arguments import Geometry, Split
@@ -33,19 +34,11 @@ CASES = [
 def make(case: tuple, tokens: bool, norm: bool = True, bias: bool = True, dtype: torch.dtype = torch.float64) -> Any:
     """(tensors, geometry with grid and eps)."""
     channels, height, width, kernel, stride, padding, out = case
-    kh, kw = kernel if isinstance(kernel, tuple) else (kernel, kernel)
-    n = channels * kh * kw
-    shape = (2, height * width, channels) if tokens else (2, channels, height, width)
-    tensors = [
-        torch.randn(shape),
-        torch.randn(out, n) / n**0.5,
-        torch.randn(out) if bias else None,
-        1 + 0.2 * torch.randn(n) if norm else None,
-        0.2 * torch.randn(n) if norm else None,
-    ]
-    tensors = [None if t is None else t.to(dtype) for t in tensors]
-    pair = [v if isinstance(v, tuple) else (v, v) for v in (kernel, stride, padding)]
-    return tensors, (*pair, (height, width) if tokens else None, 1e-5)
+    pairs = Geometry(*(v if isinstance(v, tuple) else (v, v) for v in (kernel, stride, padding)))
+    sizes = samples.Sizes(channels=channels, grid=(height, width), as_tokens=tokens, geometry=pairs, out=out)
+    without = [*(() if bias else ("bias",)), *(() if norm else ("norm_weight", "norm_bias"))]
+    *tensors, kernel, stride, padding, grid = samples.make("soft_split_linear", sizes, dtype, without=without).values()
+    return tensors, (kernel, stride, padding, grid, 1e-5)
 
 
 def run(backend: str, tensors: list[Tensor | None], geometry: tuple) -> Tensor:

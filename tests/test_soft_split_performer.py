@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
@@ -13,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from t2t_fast import ops, use_backend
+from t2t_fast.bench import samples
+from t2t_fast.bench.samples import Sizes
 from t2t_fast.kernels.costs import soft_split_performer
 from t2t_fast.kernels.windows import make_view, make_window
 from t2t_fast.layers import TokensToToken
@@ -24,31 +25,19 @@ from t2t_fast.ops.soft_splits.arguments import Geometry, Split
 pytestmark = pytest.mark.usefixtures("on_device", "poisoned")
 
 BACKENDS = ("reference", "aten", "triton")
-# Shape of the input, its grid, kernel, stride, padding, E, m, hidden units.
-CASES: dict[str, tuple[Any, ...]] = {
-    "image": ((2, 3, 30, 23), None, 7, 4, 2, 24, 12, 24),
-    "tokens": ((3, 35, 20), (5, 7), 3, 2, 1, 16, 8, 40),
-    "one token": ((2, 5, 4, 3), None, (4, 3), 1, 0, 16, 9, 16),
-    "pairs": ((1, 4, 9, 14), None, (3, 2), (2, 3), (0, 1), 33, 20, 17),
+CASES = {
+    "image": Sizes(channels=3, grid=(30, 23), geometry=Geometry((7, 7), (4, 4), (2, 2)), features=12, hidden=24),
+    "tokens": Sizes(batch=3, channels=20, grid=(5, 7), as_tokens=True, dim=16, features=8, hidden=40),
+    "one token": Sizes(channels=5, grid=(4, 3), geometry=Geometry((4, 3), (1, 1), (0, 0)), dim=16, features=9),
+    "pairs": Sizes(batch=1, channels=4, grid=(9, 14), geometry=Geometry((3, 2), (2, 3), (0, 1)), dim=33, features=20),
 }
 
 
 def make(case: str, dtype: torch.dtype = torch.float64) -> tuple[list[Tensor], dict[str, Any]]:
     """The 14 tensors of a case, and its geometry."""
-    shape, grid, kernel, stride, padding, dim, features, hidden = CASES[case]
-    channels = shape[1] if grid is None else shape[2]
-    height, width = (kernel, kernel) if isinstance(kernel, int) else kernel
-    n = channels * height * width
-
-    def matrix(rows: int, columns: int) -> Tensor:
-        return torch.randn(rows, columns) / math.sqrt(columns)
-
-    tensors = [torch.randn(shape), matrix(3 * dim, n), torch.randn(3 * dim), 1 + 0.2 * torch.randn(n)]
-    tensors += [0.2 * torch.randn(n), matrix(features, dim) * math.sqrt(features), matrix(dim, dim), torch.randn(dim)]
-    tensors += [1 + 0.2 * torch.randn(dim), 0.2 * torch.randn(dim), matrix(hidden, dim), torch.randn(hidden)]
-    tensors += [matrix(dim, hidden), torch.randn(dim)]
-    geometry = {"kernel_size": kernel, "stride": stride, "padding": padding, "grid": grid}
-    return [t.to(dtype) for t in tensors], geometry
+    sample = samples.make("soft_split_performer", CASES[case], dtype)
+    geometry = {name: sample.pop(name) for name in ("kernel_size", "stride", "padding", "grid")}
+    return list(sample.values()), geometry
 
 
 @pytest.mark.parametrize("case", list(CASES))

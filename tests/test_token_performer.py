@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from t2t_fast import ops
+from t2t_fast.bench import samples
 from t2t_fast.ops.performer import reference
 from t2t_fast.ops.performer.arguments import Layer, Options
 
@@ -35,19 +36,8 @@ def backward(grad: Tensor, kqv: Tensor, *layer: Tensor) -> tuple[Tensor, ...]:
 
 
 def make(tokens: int, dim: int, features: int, hidden: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    tensors = [
-        0.7 * torch.randn(2, tokens, 3 * dim),
-        torch.nn.init.orthogonal_(torch.empty(features, dim)) * math.sqrt(features),
-        torch.randn(dim, dim) / math.sqrt(dim),
-        torch.randn(dim),
-        1 + 0.2 * torch.randn(dim),
-        0.2 * torch.randn(dim),
-        torch.randn(hidden, dim) / math.sqrt(dim),
-        torch.randn(hidden),
-        torch.randn(dim, hidden) / math.sqrt(hidden),
-        torch.randn(dim),
-    ]
-    return [t.to(dtype) for t in tensors]
+    sizes = samples.Sizes(tokens=tokens, dim=dim, features=features, hidden=hidden)
+    return list(samples.make("token_performer", sizes, dtype).values())
 
 
 ALL_BUT_W = (0, *range(2, 10))

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,14 +17,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import t2t_fast
 from t2t_fast import BackendUnavailable, ops
+from t2t_fast.bench import samples
+from t2t_fast.bench.samples import Sizes
 from t2t_fast.layers import TokenPerformer
 from t2t_fast.ops.common.norm import Norm
 from t2t_fast.ops.soft_splits import reference
-from t2t_fast.ops.soft_splits.arguments import Geometry, Split
+from t2t_fast.ops.soft_splits.arguments import Split
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
-GEOMETRY = ((3, 3), (2, 2), (1, 1))
+SIZES = Sizes(tokens=9, channels=5, out=7, dim=16, features=8, hidden=24)
+GEOMETRY = SIZES.geometry
 TRITON = {"backend": "triton"}
 
 
@@ -31,69 +35,65 @@ def image(*shape: int, requires_grad: bool = True) -> Tensor:
     return torch.randn(shape, requires_grad=requires_grad)
 
 
+def tensors_for(op: str, without: str = "", **sizes: Any) -> list[Tensor]:
+    """The tensors of a sample of ``op`` but those with ``without`` in their names; all require a gradient."""
+    named = samples.tensors_of(samples.make(op, replace(SIZES, **sizes)))
+    return [t.requires_grad_() for name, t in named.items() if not without or without not in name]
+
+
 def operators() -> dict[str, tuple[Any, tuple[Any, ...]]]:
-    """Operator name to the operator and arguments to call it with."""
-    x = image(2, 5, 9, 8)
-    tokens, stats = torch.randn(2, 20, 7), torch.rand(2, 20)
-    weight, offset = image(7, 45), image(7)
-    rows, offset5 = image(2, 7, 5), image(5)
-    library = torch.ops.t2t_fast
-    f32 = torch.float32
-    shapes = ((2, 9, 48), (8, 16), (16, 16), (16,), (24, 16), (24,), (16, 24), (16,))
-    layer, sums = (
-        [image(*shape).requires_grad_(shape != (8, 16)) for shape in shapes],
-        (*torch.rand(2, 2, 8), torch.rand(2, 8, 16)),
-    )
-    seed = torch.randint(2**63 - 1, (1,))
+    """Operator name to the operator and arguments to call it with. LayerNorms are folded, except in add_layer_norm."""
+    library, f32, eps = torch.ops.t2t_fast, torch.float32, 1e-5
+    x, weight, offset = tensors_for("soft_split_linear", "norm")
+    (as_tokens,) = tensors_for("soft_split", as_tokens=True)
+    stats, tokens = torch.rand(2, 20), torch.randn(2, 20, 7)
+    k, q, v, w = tensors_for("performer_attention")
+    sums = (*torch.rand(2, 2, 8), torch.rand(2, 8, 16))  # over the keys
+    layer = tensors_for("token_performer", "norm")
+    layer[1].requires_grad_(False)  # w
+    seed, plain, dropout = torch.randint(2**63 - 1, (1,)), (0.0, 0.0, 1e-8, eps), (0.1, 0.2, 1e-8, eps)
+    rows = tensors_for("add_layer_norm")
+
+    def detached(*tensors: Tensor) -> list[Tensor]:
+        return [t.detach() for t in tensors]
+
     return {
         "soft_split": (library.soft_split, (x, *GEOMETRY)),
-        "soft_split of tokens": (library.soft_split, (image(2, 72, 5).transpose(1, 2).unflatten(2, (9, 8)), *GEOMETRY)),
+        "soft_split of tokens": (library.soft_split, (as_tokens.transpose(1, 2).unflatten(2, (9, 8)), *GEOMETRY)),
         "soft_split_backward": (
             library.soft_split_backward,
-            (image(2, 20, 45), [2, 5, 9, 8], True, *GEOMETRY),
+            (torch.randn(2, 20, 45).requires_grad_(), [2, 5, 9, 8], True, *GEOMETRY),
         ),
-        "soft_split_linear": (library.soft_split_linear, (x, weight, offset, f32, True, 1e-5, True, *GEOMETRY)),
-        "soft_split_linear without": (
-            library.soft_split_linear,
-            (x, weight, None, f32, False, 1e-5, False, *GEOMETRY),
-        ),
+        "soft_split_linear": (library.soft_split_linear, (x, weight, offset, f32, True, eps, True, *GEOMETRY)),
+        "soft_split_linear without": (library.soft_split_linear, (x, weight, None, f32, False, eps, False, *GEOMETRY)),
         "soft_split_linear_backward_weight": (
             library.soft_split_linear_backward_weight,
             (tokens, x.detach(), stats, stats, f32, True, True, *GEOMETRY),
         ),
-        "performer_attention": (library.performer_attention, (*image(3, 2, 9, 16).unbind(), image(8, 16), 1e-8)),
+        "soft_split_linear_backward_input": (
+            library.soft_split_linear_backward_input,
+            (tokens, *detached(x, weight, offset), tokens, stats, stats, f32, True, *GEOMETRY),
+        ),
+        "performer_attention": (library.performer_attention, (k, q, v, w, 1e-8)),
         "performer_attention_backward": (
             library.performer_attention_backward,
-            (*torch.randn(4, 2, 9, 16), torch.randn(8, 16), *sums, 1e-8, True),
+            (torch.randn(2, 9, 16), *detached(k, q, v, w), *sums, 1e-8, True),
         ),
-        "token_performer": (library.token_performer, (*layer, None, f32, 0.0, 0.0, 1e-8, 1e-5)),
-        "token_performer with dropout": (library.token_performer, (*layer, seed, f32, 0.1, 0.2, 1e-8, 1e-5)),
+        "token_performer": (library.token_performer, (*layer, None, f32, *plain)),
+        "token_performer with dropout": (library.token_performer, (*layer, seed, f32, *dropout)),
         "token_performer_backward": (
             library.token_performer_backward,
-            (torch.randn(2, 9, 16), *(t.detach() for t in layer), seed, *sums, f32, 0.1, 0.2, 1e-8, 1e-5),
+            (torch.randn(2, 9, 16), *detached(*layer), seed, *sums, f32, *dropout),
         ),
         "soft_split_performer": (
             library.soft_split_performer,
-            (
-                x.detach(),
-                torch.randn(48, 45),
-                torch.randn(48),
-                *(t.detach() for t in layer[1:]),
-                f32,
-                1e-5,
-                *GEOMETRY,
-                *(0.0, 0.0, 1e-8, 1e-5),
-            ),
+            (*detached(*tensors_for("soft_split_performer", "norm")), f32, eps, *GEOMETRY, *plain),
         ),
-        "add_layer_norm": (library.add_layer_norm, (rows, rows, offset5, offset5, torch.rand(2), 1e-5, True)),
-        "add_layer_norm without": (library.add_layer_norm, (rows, rows, None, None, None, 1e-5, True)),
+        "add_layer_norm": (library.add_layer_norm, (*rows, torch.rand(2), eps, True)),
+        "add_layer_norm without": (library.add_layer_norm, (*rows[:2], None, None, None, eps, True)),
         "add_layer_norm_backward": (
             library.add_layer_norm_backward,
-            (*rows.detach().expand(3, -1, -1, -1).clone(), *torch.rand(2, 2, 7), None, torch.rand(2), f32, f32, True),
-        ),
-        "soft_split_linear_backward_input": (
-            library.soft_split_linear_backward_input,
-            (tokens, x.detach(), weight.detach(), offset.detach(), tokens, stats, stats, f32, True, *GEOMETRY),
+            (*torch.randn(3, 2, 9, 5), *torch.rand(2, 2, 9), None, torch.rand(2), f32, f32, True),
         ),
     }
 
@@ -114,7 +114,7 @@ def model_step(backend: str) -> Callable[..., Tensor]:
 
 @pytest.mark.slow
 def test_compiled_whole_and_for_any_batch() -> None:
-    weights = [image(7, 45), image(7), image(45), image(45)]
+    _, *weights = tensors_for("soft_split_linear")
     graphs = 0
 
     def count(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
@@ -227,11 +227,10 @@ def test_captured_in_a_cuda_graph() -> None:
 
 @pytest.mark.gpu
 def test_a_captured_layer_draws_new_masks() -> None:
-    shapes = ((2, 50, 48), (8, 16), (16, 16), (16,), (16,), (16,), (16, 16), (16,), (16, 16), (16,))
-    tensors = [torch.randn(shape).bfloat16() for shape in shapes]
+    sample = samples.make("token_performer", replace(SIZES, tokens=50), torch.bfloat16)
 
     def step() -> Tensor:
-        return ops.token_performer(*tensors, 0.5, 0.5, **TRITON)
+        return ops.token_performer(**sample, proj_drop=0.5, mlp_drop=0.5, **TRITON)
 
     step()
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
@@ -249,7 +248,7 @@ def test_a_captured_layer_draws_new_masks() -> None:
 
 def test_flops_are_counted_as_for_the_literal_form() -> None:
     def flops(backend: str) -> int:
-        tensors = [image(2, 3, 16, 16), image(8, 27), image(8), image(27), image(27)]
+        tensors = tensors_for("soft_split_linear", channels=3, grid=(16, 16), out=8)
         with FlopCounterMode(display=False) as counter:
             ops.soft_split_linear(*tensors, 3, 2, 1, backend=backend).sum().backward()
         return counter.get_total_flops()
@@ -274,14 +273,14 @@ def test_addresses_beyond_32_bits() -> None:
 
 def test_no_tensor_as_large_as_the_long_tokens() -> None:
     channels, side, out = 64, 28, 24
-    x, weight = image(2, side**2, channels), image(out, 9 * channels)
-    weights = [weight, image(out), image(9 * channels), image(9 * channels)]
+    grid = (side, side)
+    x, *weights = tensors_for("soft_split_linear", channels=channels, grid=grid, as_tokens=True, out=out)
     unfolded = 2 * (side // 2) ** 2 * 9 * channels * 4
     largest = {}
     for backend in ("triton", "reference"):
         activities = [torch.profiler.ProfilerActivity.CPU]
         with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-            y = ops.soft_split_linear(x, *weights, 3, 2, 1, grid=(side, side), backend=backend)
+            y = ops.soft_split_linear(x, *weights, 3, 2, 1, grid=grid, backend=backend)
             y.sum().backward()
         events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
         largest[backend] = max(event.nbytes() for event in events)
@@ -368,7 +367,7 @@ def test_autocast_takes_16_bit_tokens_and_float32_weights() -> None:
     x, weight = torch.randn(2, 3, 9, 9).half(), torch.randn(4, 27)
     with torch.autocast(x.device.type, dtype=torch.float16):
         got = ops.soft_split_linear(x, weight, None, torch.ones(27), None, 3, 2, 1, **TRITON)
-    split = Split(Geometry(*GEOMETRY), None, Norm(torch.ones(27).double(), None, 1e-5))
+    split = Split(GEOMETRY, None, Norm(torch.ones(27).double(), None, 1e-5))
     want = reference.soft_split_linear(x.double(), weight.double(), None, split)
     assert got.dtype == torch.float16
     assert_close(got, want, torch.float16, 27)
@@ -393,7 +392,7 @@ def test_reference_is_what_the_operator_computes() -> None:
     operator, (x, weight, offset, *rest) = operators()["soft_split_linear"]
     centred = weight - weight.mean(1, keepdim=True)
     tokens, mean, rstd = operator(x, centred, offset, *rest)
-    split = Split(Geometry(*GEOMETRY), None, Norm(torch.ones(45), None, 1e-5))
+    split = Split(GEOMETRY, None, Norm(torch.ones(45), None, 1e-5))
     want = reference.soft_split_linear(x, centred, offset, split)
     torch.testing.assert_close(tokens, want)
     patches = ops.soft_split(x, *GEOMETRY, backend="reference")
@@ -410,8 +409,7 @@ def test_explain_tells_which_kernels_a_stage_takes() -> None:
     assert told(16).startswith("soft_split_performer x1: triton (joined)\n")
     assert "triton (soft_split_linear, then token_performer: there is dropout)" in told(16, train=True)
     assert "triton (soft_split_linear, then token_performer: 72 channels, features or hidden units are" in told(72)
-    tensors = [image(*shape) for shape in ((1, 4, 48), (8, 16), (16, 16), (16,), (16,), (16,), (16, 16), (16,))]
-    tensors += [image(16, 16), image(16)]
+    tensors = tensors_for("token_performer")
 
     def call() -> Tensor:
         return ops.token_performer(*tensors, **TRITON)

@@ -19,6 +19,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import t2t_fast
 from t2t_fast import ops
+from t2t_fast.bench.samples import SAMPLES, make, tensors_of
 from t2t_fast.layers.plain import are_plain
 
 every_family = pytest.mark.parametrize("name", FAMILIES.values(), ids=FAMILIES)
@@ -399,35 +400,12 @@ def test_images_of_another_dtype(name: str) -> None:
             model(images.double())
 
 
-OPS: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]]]] = {
-    "linear": (ops.linear, [(2, 3, 4), (5, 4), (5,)]),
-    "layer_norm_linear": (ops.layer_norm_linear, [(2, 3, 4), (5, 4), (5,), (4,), (4,)]),
-    "mlp": (ops.mlp, [(2, 3, 4), (5, 4), (5,), (4, 5), (4,)]),
-    "add_layer_norm": (lambda x, w, b: ops.add_layer_norm(x, x, w, b), [(2, 3, 4), (4,), (4,)]),
-    "se_gate": (ops.se_gate, [(2, 3, 4), (2, 4), (4, 2)]),
-    "se_mlp": (ops.se_mlp, [(2, 3, 4), (5, 4), (5,), (4, 5), (4,), (2, 4), (4, 2)]),
-    "attention": (lambda q, k, v: ops.attention(q, k, v, 0.5), [(1, 2, 3, 4)] * 3),
-    "performer_attention": (ops.performer_attention, [(2, 3, 4)] * 3 + [(2, 4)]),
-    "token_performer": (
-        ops.token_performer,
-        [(2, 3, 12), (2, 4), (4, 4), (4,), (4,), (4,), (6, 4), (6,), (4, 6), (4,)],
-    ),
-    "soft_split_linear": (
-        lambda *t: ops.soft_split_linear(*t, 3, 2, 1),
-        [(1, 2, 5, 5), (4, 18), (4,), (18,), (18,)],
-    ),
-    "soft_split_performer": (
-        lambda *t: ops.soft_split_performer(*t, 3, 2, 1),
-        [(1, 2, 5, 5), (12, 18), (12,), (18,), (18,), (2, 4), (4, 4), (4,), (4,), (4,), (6, 4), (6,), (4, 6), (4,)],
-    ),
-}
-
-
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", [op for op in SAMPLES if op != "soft_split"])  # which has one tensor
 def test_ops_refuse_mixed_dtypes(op: str) -> None:
-    function, shapes = OPS[op]
-    for i in range(len(shapes)):
+    sample = make(op)
+    for name in tensors_of(sample):
+        changed = ("x", "y") if op == "add_layer_norm" and name in ("x", "y") else (name,)  # those two may differ
         for dtype, word in ((torch.float64, "float64"), (torch.float16, "float16")):
-            tensors = [torch.randn(shape).to(dtype if i == j else torch.float32) for j, shape in enumerate(shapes)]
+            mixed = sample | {key: sample[key].to(dtype) for key in changed}
             with pytest.raises(TypeError, match=rf"(?s)(?=.*{word})(?=.*float32).*cast one of them"):
-                function(*tensors)
+                getattr(ops, op)(**mixed)

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 import t2t_fast
-from t2t_fast.bench.cases import CASES, TOLERANCES, Case, Tensors, exact_step, runners, step, tensors_of, worst_error
+from t2t_fast.bench.cases import CASES, TOLERANCES, Case, exact_step, runners, sample_of, step, worst_error
 from t2t_fast.bench.common import (
     OUTPUT_HELP,
     command_line,
@@ -37,6 +37,7 @@ from t2t_fast.bench.common import (
 )
 from t2t_fast.bench.measuring import device_name, failure, give_back, select_device
 from t2t_fast.bench.rates import bytes_per_second, median_seconds, operations_per_second
+from t2t_fast.bench.samples import Sample
 from t2t_fast.bench.terminal import Console, Table, track, wide_console
 from t2t_fast.env import collect_env
 from t2t_fast.usage import OneLineParser, UsageError
@@ -44,14 +45,14 @@ from t2t_fast.usage import OneLineParser, UsageError
 
 def measure(case: Case, batch: int, dtype: torch.dtype, device: torch.device, compiled: bool) -> list[dict[str, Any]]:
     """A row per variant: the error against the reference in float64, and seconds of forward and of training."""
-    rows, tensors, sample, want = list[dict[str, Any]](), Tensors(), Tensors(), list[torch.Tensor]()
+    rows, whole, sample, want = list[dict[str, Any]](), Sample(), Sample(), list[torch.Tensor]()
     for variant, function in runners(case).items():
         if variant == "reference, compiled" and not compiled:
             continue
         row: dict[str, Any] = {"op": case.op, "use": case.use, "variant": variant, "passed": True, "status": "ok"}
         rows.append(row)
         try:
-            sample = sample or tensors_of(case, min(batch, 4), dtype, device)
+            sample = sample or sample_of(case, min(batch, 4), dtype, device)
             want = want or exact_step(case, sample)
             error = worst_error(step(function, sample), want)
             # Gradients that cancel have large errors in the reference, too: accept twice those, within a limit.
@@ -62,10 +63,10 @@ def measure(case: Case, batch: int, dtype: torch.dtype, device: torch.device, co
             if not row["passed"]:
                 row["status"] = f"wrong: {error:.1e}"
                 continue
-            tensors = tensors or tensors_of(case, batch, dtype, device)
+            whole = whole or sample_of(case, batch, dtype, device)
             with torch.no_grad():
-                row["forward_s"] = median_seconds(functools.partial(function, tensors), device)
-            row["training_s"] = median_seconds(functools.partial(step, function, tensors), device)
+                row["forward_s"] = median_seconds(functools.partial(function, whole), device)
+            row["training_s"] = median_seconds(functools.partial(step, function, whole), device)
         except t2t_fast.BackendUnavailable as error:
             row["status"] = f"cannot run: {error}"
         except Exception as error:  # compilers and drivers raise anything; the other rows go on

@@ -98,18 +98,18 @@ def cases_of(table: str) -> list[Any]:
 
 def check(table: str, config: Any, kind: str, device_name: str, batch: int) -> str | None:
     """Compile, and compare with ``aten``; None if correct, else the fault."""
-    from t2t_fast.bench.cases import TOLERANCES, runners, step, tensors_of
+    from t2t_fast.bench.cases import TOLERANCES, runners, sample_of, step
 
     device, dtype = torch.device(device_name), getattr(torch, KINDS[kind])
     torch.set_float32_matmul_precision("high")
     for case in cases_of(table):
-        tensors = tensors_of(case, batch, dtype, device)
+        sample = sample_of(case, batch, dtype, device)
         functions = runners(case)
-        want = step(functions["aten"], tensors)
+        want = step(functions["aten"], sample)
         with table_replaced(table, config):
             with torch.no_grad():
-                first = functions["triton"](tensors)
-            got = step(functions["triton"], tensors)
+                first = functions["triton"](sample)
+            got = step(functions["triton"], sample)
         results = first if isinstance(first, tuple) else (first,)
         for g, w in [*zip(results, want, strict=False), *zip(got, want, strict=True)]:
             error = ((g.double() - w.double()).norm() / w.double().norm()).item()
@@ -151,19 +151,19 @@ def reason(error: Exception) -> str:
 
 def time_candidate(table: str, config: Any, kind: str, device_name: str, batch: int) -> list[float]:
     """Seconds of each use."""
-    from t2t_fast.bench.cases import runners, step, tensors_of
+    from t2t_fast.bench.cases import runners, sample_of, step
 
     device, dtype, part = torch.device(device_name), getattr(torch, KINDS[kind]), USES[table][1]
     torch.set_float32_matmul_precision("high")
     seconds = []
     for case in cases_of(table):
-        tensors, function = tensors_of(case, batch, dtype, device), runners(case)["triton"]
+        sample, function = sample_of(case, batch, dtype, device), runners(case)["triton"]
         with table_replaced(table, config):
             if part == "training":
-                seconds.append(median_seconds(lambda f=function, t=tensors: step(f, t), device))  # type: ignore[misc]
+                seconds.append(median_seconds(lambda f=function, t=sample: step(f, t), device))  # type: ignore[misc]
                 continue
             with torch.no_grad():
-                seconds.append(median_seconds(lambda f=function, t=tensors: f(t), device))  # type: ignore[misc]
+                seconds.append(median_seconds(lambda f=function, t=sample: f(t), device))  # type: ignore[misc]
     return seconds
 
 
