@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import t2t_fast
-from t2t_fast.layers import known_block
+from t2t_fast.layers import block_weights
 from t2t_fast.layers.block import BLOCK_TYPES, Block
 from t2t_fast.ops.block import op
 
@@ -52,7 +52,7 @@ def kernels_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         dataclasses.replace(i, why_not_auto=lambda *args: None) if i.backend == "triton" else i
         for i in op._ADD_LAYER_NORM.implementations
     )
-    monkeypatch.setattr(known_block, "why_not_auto_add_layer_norm", lambda *args: None)
+    monkeypatch.setattr(block_weights, "why_not_auto_add_layer_norm", lambda *args: None)
     monkeypatch.setattr(op, "_ADD_LAYER_NORM", dataclasses.replace(op._ADD_LAYER_NORM, implementations=willing))
 
 

@@ -14,9 +14,9 @@ from ..checks import LARGEST, check_real, factory_options
 from ..ops import linear
 from ..ops.block.whole import whole_block
 from .attention import Attention
+from .block_weights import weights_for
 from .branch import add_and_norm, adds_residual, drop_path_scale, run_branch
 from .ghost import GhostAttention, GhostMlp
-from .known_block import KnownBlock, known_block
 from .mlp import Mlp, apply_linear, apply_norm
 from .plain import are_plain
 from .se import SEMlp
@@ -50,8 +50,6 @@ class Block(nn.Module):
         ValueError: Unknown ``block_type``; an ``mlp_ratio`` that leaves no hidden channel; for ``"ghost"``, one other
             than 3 or an odd ``dim``.
     """
-
-    _known: KnownBlock | None = None  # kept from call to call
 
     def __init__(
         self,
@@ -99,11 +97,10 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x = x + drop_path(attn(norm1(x)))``, then ``x + drop_path(mlp(norm2(x)))``: (B, N, C) to (B, N, C)."""
-        known = known_block(self, x, self._known)
-        if known is not None:  # a block as it was made: the same formula, without choosing op by op
-            self._known = known
+        weights = weights_for(self, x)
+        if weights is not None:  # an unmodified block: the same formula, checking once instead of op by op
             scales = drop_path_scale(self.drop_path, x), drop_path_scale(self.drop_path, x)
-            return whole_block(x, known.weights, scales)
+            return whole_block(x, weights, scales)
         y = apply_norm(x, self.norm1)
         if adds_residual(self.attn, self.drop_path):  # with a gate, in whose pass the sum is free
             x = run_branch(x, y, self.attn, self.drop_path)
@@ -112,9 +109,6 @@ class Block(nn.Module):
             backend = getattr(self.attn, "backend", "auto")
             x, y = add_and_norm(x, self.attn(y), self.norm2, self.drop_path, backend)
         return run_branch(x, y, self.mlp, self.drop_path)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_known"}
 
 
 class DenseBlock(Block):

@@ -25,7 +25,7 @@ def run_branch(x: Tensor, y: Tensor, branch: Any, drop_path: nn.Module | None = 
 
 def add_and_norm(x: Tensor, y: Tensor, norm: Any, drop_path: nn.Module, backend: str) -> tuple[Tensor, Tensor]:
     """``s = x + drop_path(y)`` and ``norm(s)``: one op, unless a module must be called."""
-    if _is_known(drop_path) and are_plain(norm):
+    if _is_drop_path(drop_path) and are_plain(norm):
         scale = drop_path_scale(drop_path, x)
         return add_layer_norm(x, y, norm.weight, norm.bias, eps=norm.eps, branch_scale=scale, backend=backend)
     x = x + drop_path(y)
@@ -34,10 +34,10 @@ def add_and_norm(x: Tensor, y: Tensor, norm: Any, drop_path: nn.Module, backend:
 
 def adds_residual(branch: nn.Module, drop_path: nn.Module | None) -> bool:
     """Whether ``branch`` takes ``residual`` and ``branch_scale`` in place of the sum behind it."""
-    return _is_known(drop_path) and not is_watched(branch) and bool(getattr(branch, "adds_residual", False))
+    return _is_drop_path(drop_path) and not is_watched(branch) and bool(getattr(branch, "adds_residual", False))
 
 
-def _is_known(drop_path: nn.Module | None) -> bool:
+def _is_drop_path(drop_path: nn.Module | None) -> bool:
     return drop_path is None or (type(drop_path) in (nn.Identity, DropPath) and not is_watched(drop_path))
 
 

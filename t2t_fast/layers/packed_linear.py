@@ -14,6 +14,8 @@ from ..ops import linear
 from ..ops.block.aten import multiply_packed, pack, why_not_packed
 from .plain import is_plain_weight
 
+_NEVER = (None, 0, 0, None)
+
 
 class PackedLinear(nn.Module):
     """A Linear without gradients, with the exact GELU behind it if asked for.
@@ -37,7 +39,9 @@ class PackedLinear(nn.Module):
         with torch.inference_mode(False):  # tensors made in that mode do not tell when they are written to
             self.register_buffer("weight", source.weight.detach().clone())
             self.register_buffer("bias", None if source.bias is None else source.bias.detach().clone())
-        self._packed: dict[torch.dtype, tuple[Any, Tensor]] = {}
+        self._packed: dict[
+            torch.dtype, tuple[Any, int, int, Any]
+        ] = {}  # the weight, its state then, and its packed form
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, in_features) or (B, in_features) to the same with out_features."""
@@ -56,14 +60,17 @@ class PackedLinear(nn.Module):
 
     def packed(self, dtype: torch.dtype) -> Tensor:
         """The weight as it is now, for it may be moved, cast or loaded at any time, packed for ``dtype``."""
-        if self.weight.is_inference():
-            return pack(self.weight.to(dtype))
-        state = (self.weight.data_ptr(), self.weight.dtype, self.weight._version)
-        known, packed = self._packed.get(dtype, (None, None))
-        if known != state or packed is None:  # another thread may do the same: both are right
-            packed = pack(self.weight.to(dtype))
-            self._packed[dtype] = state, packed
+        weight: Any = self._buffers["weight"]
+        source, version, address, packed = self._packed.get(dtype, _NEVER)
+        if source is not weight or version != weight._version or address != weight.data_ptr():
+            packed = pack(weight.to(dtype))  # another thread may do the same: both are right
+            if not weight.is_inference():  # which does not tell when it is written to
+                self._packed[dtype] = weight, weight._version, weight.data_ptr(), packed
         return packed
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PackedLinear:
+        self._packed.clear()  # which would keep the weights where they were
+        return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_packed": {}}  # copies and pickles pack anew

@@ -32,8 +32,10 @@ def are_plain(*modules: Any) -> bool:
     for module in modules:
         kind = type(module)
         if kind is nn.Linear or kind is nn.LayerNorm:
-            # Missing where parametrisations or pruning compute it.
+            # Missing where parametrisations or pruning compute it; hidden where it was set past torch.
             parameters = module._parameters
+            if "weight" in module.__dict__ or "bias" in module.__dict__:
+                return False
             weight, bias = parameters.get("weight", module), parameters.get("bias", module)
             if not (weight is None or is_plain_weight(weight)) or not (bias is None or is_plain_weight(bias)):
                 return False
@@ -41,9 +43,7 @@ def are_plain(*modules: Any) -> bool:
                 return False
         elif kind is not nn.GELU or module.approximate != "none":
             return False
-        if _is_hooked(module):
-            return False
-    return True
+    return not _are_hooked(modules)
 
 
 def is_plain_weight(weight: Any) -> bool:
@@ -69,9 +69,9 @@ def dropout_rate(module: Any) -> float | None:
 def is_watched(*modules: Any) -> bool:
     """Whether a hook, of a module's own or of all, sees what goes into one of them or what comes out, in any direction.
 
-    So does a ``forward`` of the module's own, in place of its class's.
+    So does a ``forward`` of the module's own, in place of its class's, and one that ``module.compile()`` has made.
     """
-    return _has_any_global_hook() or any(map(_is_hooked, modules))
+    return _has_any_global_hook() or _are_hooked(modules)
 
 
 def is_patched(module: nn.Module) -> bool:
@@ -79,11 +79,15 @@ def is_patched(module: nn.Module) -> bool:
     return "forward" in module.__dict__
 
 
-def _is_hooked(module: Any) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
+def _are_hooked(modules: tuple[Any, ...]) -> bool:
+    for module in modules:
+        if (
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+            or "forward" in module.__dict__
+            or module._compiled_call_impl is not None
+        ):
+            return True
+    return False

@@ -23,6 +23,12 @@ from ..common.branch import Branch, add_branch
 from ..common.norm import Norm
 from .arguments import MlpWeights
 
+_HAS_ONEDNN = (
+    platform.machine().lower() in ("x86_64", "amd64")
+    and torch.backends.mkldnn.is_available()
+    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+)
+_HAS_BFLOAT16 = _HAS_ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 # Multiply-adds of a float32 matmul from which oneDNN's operator is faster: each call takes about 10 us to set up, and
 # with gradients it is a custom operator, three calls of it and autograd's.
 _SMALL = 3 << 18
@@ -92,7 +98,7 @@ def add_layer_norm(x: Tensor, y: Tensor, norm: Norm, scale: Tensor | None) -> tu
 
 def why_not_onednn(x: Tensor, *weights: Tensor | None) -> str | None:
     """Why the product is not oneDNN's own operator; None if it is."""
-    if x.device.type != "cpu" or not _has_onednn():
+    if x.device.type != "cpu" or not _HAS_ONEDNN:
         return "oneDNN's operator is for x86 CPUs"
     tensors = [x, *(t for t in weights if t is not None)]
     if is_autocast(x) or any(t.dtype != torch.float32 for t in tensors):
@@ -108,28 +114,32 @@ def why_not_onednn(x: Tensor, *weights: Tensor | None) -> str | None:
     return None
 
 
+def uses_onednn(x: Tensor) -> bool:
+    """:func:`why_not_onednn` for tokens and weights of one dtype and device that run eagerly, whatever their number."""
+    return x.dtype == torch.float32 and x.device.type == "cpu" and _HAS_ONEDNN
+
+
+def packs(x: Tensor) -> bool:
+    """:func:`why_not_packed` for tokens and weights of one dtype and device that run eagerly."""
+    return x.device.type == "cpu" and (_HAS_BFLOAT16 if x.dtype == torch.bfloat16 else uses_onednn(x))
+
+
 def is_small(x: Tensor, weight: Tensor) -> bool:
     """Whether a float32 matmul of ``x`` (..., C) and ``weight`` (out, C) is faster through ``F.linear``."""
     if x.dtype != torch.float32:
         return False
-    smallest = _SMALL_WITH_GRADIENTS if wants_gradient(x, weight) else _SMALL
+    smallest = _SMALL_WITH_GRADIENTS if torch.is_grad_enabled() else _SMALL
     return x.numel() * weight.shape[0] < smallest
-
-
-@torch.compiler.assume_constant_result
-def _has_onednn() -> bool:
-    machine = platform.machine().lower() in ("x86_64", "amd64")
-    return machine and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def why_not_packed(x: Tensor, weight: Tensor) -> str | None:
     """Why :func:`multiply_packed` cannot be taken, with all in the dtype of the product; None if it can."""
-    if x.device.type != "cpu" or weight.device.type != "cpu" or not _has_onednn():
+    if x.device.type != "cpu" or weight.device.type != "cpu" or not _HAS_ONEDNN:
         return "packed weights are for x86 CPUs"
     dtype = product_dtype(x)
     if dtype not in (torch.float32, torch.bfloat16) or (x.dtype != weight.dtype and not is_autocast(x)):
         return "packed weights are for products in float32 and bfloat16"
-    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if dtype == torch.bfloat16 and not _HAS_BFLOAT16:
         return "this CPU has no bfloat16 products"
     if torch.compiler.is_compiling() or is_transformed() or type(x) is not Tensor or x.numel() == 0:
         return "compilers, tracers and empty batches need library operations"

@@ -1,7 +1,7 @@
-"""A whole standard block: library operations in a row, nothing checked or chosen op by op.
+"""A whole standard block as library operations in a row.
 
-The ops of :mod:`t2t_fast.ops` check their arguments and choose an implementation in every call. A block whose parts are
-as they were made needs that once: :class:`BlockWeights` is what came out, and :func:`whole_block` the formula.
+The ops of :mod:`t2t_fast.ops` check their arguments and choose an implementation in every call, several times a block.
+For an unmodified block the layer checks once, and hands :class:`BlockWeights` to :func:`whole_block`.
 """
 
 from __future__ import annotations
@@ -18,24 +18,25 @@ from ..softmax_attention.aten import attend
 from .aten import is_small, multiply, multiply_packed
 
 
-class Product(NamedTuple):
+class LinearWeights(NamedTuple):
     """A Linear; ``onednn`` is its weight for oneDNN's operator, packed or not, where that operator is used."""
 
-    weight: Tensor
-    bias: Tensor | None
+    weight: Tensor  # (out, C)
+    bias: Tensor | None  # (out,)
     onednn: Tensor | None
 
 
 class BlockWeights(NamedTuple):
-    """Everything that a standard block multiplies by."""
+    """What a standard block computes with."""
 
     norm1: Norm
-    qkv: Product
-    proj: Product
+    qkv: LinearWeights
+    proj: LinearWeights
     norm2: Norm
-    fc1: Product
-    fc2: Product
+    fc1: LinearWeights
+    fc2: LinearWeights
     num_heads: int
+    head_dim: int
     scale: float
 
 
@@ -50,24 +51,25 @@ def whole_block(x: Tensor, block: BlockWeights, scales: tuple[Tensor | None, Ten
     Returns:
         (B, N, C).
     """
+    x = _add(_multiply(_attend(x, block), block.proj), x, scales[0])
+    hidden = _multiply(_normalize(x, block.norm2), block.fc1, gelu=True)
+    return _add(_multiply(hidden, block.fc2), x, scales[1])
+
+
+def _attend(x: Tensor, block: BlockWeights) -> Tensor:
+    """``attention(qkv(norm1(x)))``; a function of its own, so that q, k and v are freed before the MLP runs."""
     batch, tokens, _ = x.shape
     qkv = _multiply(_normalize(x, block.norm1), block.qkv)
-    q, k, v = qkv.view(batch, tokens, 3, block.num_heads, -1).unbind(2)
-    y = (
-        attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), block.scale)
-        .transpose(1, 2)
-        .reshape(batch, tokens, -1)
-    )
-    x = _add(_multiply(y, block.proj), x, scales[0])
-    y = _multiply(_multiply(_normalize(x, block.norm2), block.fc1, gelu=True), block.fc2)
-    return _add(y, x, scales[1])
+    q, k, v = qkv.view(batch, tokens, 3, block.num_heads, block.head_dim).unbind(2)
+    y = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), block.scale)
+    return y.transpose(1, 2).flatten(2)
 
 
 def _normalize(x: Tensor, norm: Norm) -> Tensor:
-    return torch.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
+    return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
 
 
-def _multiply(x: Tensor, linear: Product, gelu: bool = False) -> Tensor:
+def _multiply(x: Tensor, linear: LinearWeights, gelu: bool = False) -> Tensor:
     if linear.onednn is None or is_small(x, linear.weight):
         y = F.linear(x, linear.weight, linear.bias)
     elif torch.is_grad_enabled():
@@ -80,7 +82,7 @@ def _multiply(x: Tensor, linear: Product, gelu: bool = False) -> Tensor:
 
 
 def _add(y: Tensor, residual: Tensor, scale: Tensor | None) -> Tensor:
-    """``residual + scale y``; in the memory of ``y``, which nobody else has, if autograd does not need it."""
+    """``residual + scale y``; in place in ``y``, a fresh temporary, if no gradient is needed."""
     if scale is None and y.dtype == residual.dtype and not (y.requires_grad or residual.requires_grad):
         return y.add_(residual)
     return add_branch(y, Branch(residual, scale))

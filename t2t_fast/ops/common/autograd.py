@@ -37,16 +37,16 @@ def is_transformed() -> bool:
     return torch.jit.is_tracing() or torch._C._are_functorch_transforms_active() or forward_mode()
 
 
-def is_plain_eager(x: Any) -> bool:
-    """Whether ``x`` is a plain tensor whose result nobody compiles, traces, transforms, casts or counts.
+def runs_eagerly(x: Any) -> bool:
+    """Whether ``x`` is a Tensor of no subclass, outside compilation, tracing, torch.func and dispatch modes.
 
-    Autocast counts on the CPU alone: on other devices, library operations heed it themselves.
+    Also outside autocast on the CPU; on other devices, library operations heed autocast themselves.
     """
     return not (
         torch.compiler.is_compiling()
         or type(x) is not Tensor
         or is_transformed()
-        or torch._C._len_torch_dispatch_stack() > 0
+        or in_dispatch_mode()
         or (x.device.type == "cpu" and torch.is_autocast_enabled("cpu"))
     )
 

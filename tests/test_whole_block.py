@@ -1,11 +1,14 @@
-"""A standard block's choices are made once: every later change of the block is seen, and nothing else differs."""
+"""A standard block in one function: the modules' results, every change of a block seen, and nothing kept."""
 
 from __future__ import annotations
 
 import copy
-import io
+import gc
 import json
+import weakref
+from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import t2t_fast
-from t2t_fast.bench import overhead
-from t2t_fast.layers import known_block
+from t2t_fast.bench import memory, overhead
+from t2t_fast.layers import Attention, block_weights
+from t2t_fast.layers import block as block_module
 from t2t_fast.layers.block import Block
+from t2t_fast.layers.mlp import Mlp
 
 TOLERANCES = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2e-2}
 
@@ -35,9 +40,9 @@ def make_block(dtype: torch.dtype = torch.float64, **options: Any) -> Block:
     return block.eval()
 
 
-def is_known(block: Block, x: Tensor) -> bool:
-    """Whether a call takes the remembered way."""
-    return known_block.known_block(block, x, None) is not None
+def is_whole(block: Block, x: Tensor) -> bool:
+    """Whether a call runs ``whole_block``."""
+    return block_weights.weights_for(block, x) is not None
 
 
 def assert_near(got: Tensor, want: Tensor) -> None:
@@ -52,7 +57,7 @@ def test_inference_is_the_modules_in_a_row(dtype: torch.dtype, shape: tuple[int,
     block, x = make_block(dtype), torch.randn(shape).to(dtype)
     with torch.no_grad():
         before, kept = x.clone(), block(x)
-        assert is_known(block, x)
+        assert is_whole(block, x)
         assert torch.equal(block(x), kept) and torch.equal(x, before)  # and the tokens are left as they were
         assert_near(kept, literal(block.double(), x.double()).to(dtype))
 
@@ -62,20 +67,20 @@ def test_inference_is_the_modules_in_a_row(dtype: torch.dtype, shape: tuple[int,
 def test_training_is_the_modules_in_a_row(dtype: torch.dtype, drop_path: float) -> None:
     block = make_block(dtype, drop_path=drop_path).train()
     x = torch.randn(4, 7, 32, dtype=dtype).requires_grad_()
-    assert is_known(block, x)
+    assert is_whole(block, x)
     found = {}
-    for name, function in (("known", block), ("literal", lambda x: literal(block, x))):
+    for name, function in (("whole", block), ("literal", lambda x: literal(block, x))):
         torch.manual_seed(3)
         y = function(x)
         found[name] = [y, *torch.autograd.grad(y.sin().sum(), [x, *block.parameters()])]
-    for got, want in zip(found["known"], found["literal"], strict=True):
+    for got, want in zip(found["whole"], found["literal"], strict=True):
         assert (got - want).norm() <= 10 * TOLERANCES[dtype] * want.norm()
 
 
 def test_training_with_second_derivatives() -> None:
     block = make_block().train()
     x = torch.randn(2, 3, 32, dtype=torch.float64).requires_grad_()
-    assert is_known(block, x)
+    assert is_whole(block, x)
     assert torch.autograd.gradgradcheck(lambda x: block(x)[:, :, ::8], (x,), atol=1e-4)
 
 
@@ -130,6 +135,11 @@ CHANGES: dict[str, Callable[[Any], object]] = {
     "scale": lambda b: setattr(b.attn, "scale", 2.0),
     "heads": lambda b: (setattr(b.attn, "num_heads", 4), setattr(b.attn, "head_dim", 8)),
     "tanh": lambda b: setattr(b.mlp, "act", nn.GELU("tanh")),
+    "approximate": lambda b: setattr(b.mlp.act, "approximate", "tanh"),
+    "weight hidden": lambda b: vars(b.mlp.fc1).update(weight=2 * b.mlp.fc1.weight),
+    "weights' dictionary": lambda b: setattr(
+        b.mlp.fc1, "_parameters", {k: 2 * v for k, v in b.mlp.fc1._parameters.items()}
+    ),
 }
 
 
@@ -138,7 +148,7 @@ def test_every_change_is_seen(change: str) -> None:
     block, x = make_block(), torch.randn(2, 5, 32, dtype=torch.float64)
     with torch.no_grad():
         before = block(x)
-        assert is_known(block, x)
+        assert is_whole(block, x)
         CHANGES[change](block)
         after = block(x)
         assert_near(after, literal(block, x))
@@ -156,7 +166,50 @@ def test_hooks_added_later_are_called(part: str, kind: str) -> None:
         assert_near(block(x), want)
         assert seen
         handle.remove()
-        assert is_known(block, x) and torch.equal(block(x), want)
+        assert is_whole(block, x) and torch.equal(block(x), want)
+
+
+def test_hooks_in_a_new_dictionary_are_called() -> None:
+    block, x = make_block(), torch.randn(2, 5, 32, dtype=torch.float64)
+    seen: list[object] = []
+    with torch.no_grad():
+        block(x)
+        for module in block.modules():
+            module._forward_hooks = OrderedDict()  # a usual way to remove all hooks
+        block.attn.proj.register_forward_hook(lambda *args: seen.append(args))
+        block(x)
+    assert seen
+
+
+@pytest.mark.parametrize("cls", [Attention, Mlp])
+def test_patched_classes_are_called(cls: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    block, x = make_block(), torch.randn(2, 5, 32, dtype=torch.float64)
+    forward, seen = cls.forward, []
+    with torch.no_grad():
+        want = block(x)
+        monkeypatch.setattr(cls, "forward", lambda *args, **options: seen.append(1) or forward(*args, **options))
+        assert_near(block(x), want)
+    assert seen
+
+
+def test_compiled_parts_are_called() -> None:
+    block, x = make_block(), torch.randn(2, 5, 32, dtype=torch.float64)
+    graphs = []
+    with torch.no_grad():
+        want = block(x)
+        block.attn.compile(backend=lambda graph, inputs: graphs.append(graph) or graph)
+        assert_near(block(x), want)
+    assert graphs
+
+
+def test_other_tensors_beside_a_block() -> None:
+    """Buffers without storage, and modules whose weights do not exist yet."""
+    block, x = make_block(), torch.randn(2, 5, 32, dtype=torch.float64)
+    with torch.no_grad():
+        want = block(x)
+        block.register_buffer("sparse", torch.eye(3).to_sparse())
+        block.lazy = nn.LazyLinear(3)
+        assert is_whole(block, x) and torch.equal(block(x), want)
 
 
 def test_global_hooks_are_called() -> None:
@@ -173,7 +226,7 @@ def test_dropout_switched_on_later_drops() -> None:
     block, x = make_block(drop=0.5), torch.randn(2, 50, 32, dtype=torch.float64)
     with torch.no_grad():
         block(x)
-        assert is_known(block, x)
+        assert is_whole(block, x)
         block.mlp.drop2.train()
         torch.manual_seed(0)
         got = block(x)
@@ -210,23 +263,89 @@ def test_backends_and_explain_are_heeded() -> None:
         ran = t2t_fast.explain(block, x).backends()
         assert set(ran) == {"linear", "attention", "add_layer_norm", "mlp"}
         with t2t_fast.use_backend("reference"):
-            assert not is_known(block, x)
+            assert not is_whole(block, x)
         with pytest.raises(t2t_fast.BackendUnavailable), t2t_fast.use_backend("native"):
             block(x)
 
 
-def test_copies_remember_nothing() -> None:
+@pytest.mark.parametrize("change", ["nothing", "assign", "functional", "move"])
+def test_weights_are_freed_when_their_owner_is(change: str) -> None:
+    """Without waiting for the garbage collector, and without another call of the block."""
     block, x = make_block(), torch.randn(2, 5, 32, dtype=torch.float64)
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.no_grad():
+            block(x)
+            assert is_whole(block, x)
+            weights = [weakref.ref(weight) for weight in block.parameters()]
+            if change == "nothing":
+                del block
+            elif change == "assign":
+                block.load_state_dict({k: v.clone() for k, v in block.state_dict().items()}, assign=True)
+            elif change == "functional":
+                others = {name: weight.clone() for name, weight in block.named_parameters()}
+                weights = [weakref.ref(weight) for weight in others.values()]
+                torch.func.functional_call(block, others, (x,))
+                del others
+            else:
+                storages = [weakref.ref(weight.untyped_storage()) for weight in block.parameters()]
+                weights = storages
+                block.to("meta")
+        assert not [ref for ref in weights if ref() is not None]
+    finally:
+        gc.enable()
+
+
+def test_eager_calls_do_not_compile_again() -> None:
+    block, x = make_block(), torch.randn(2, 5, 32, dtype=torch.float64)
+    torch._dynamo.reset()
+    compiled = torch.compile(block, backend="eager", fullgraph=True)
     with torch.no_grad():
+        compiled(x)
+        block(x)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            assert_near(compiled(x), block(x))
+
+
+def test_a_small_batch_decides_nothing_for_a_large_one() -> None:
+    block = make_block(torch.float32)
+    small, large = torch.randn(1, 2, 32), torch.randn(8, 197, 32)
+    with torch.no_grad():
+        found = block_weights.weights_for(block, small), block_weights.weights_for(block, large)
+        assert [weights is not None and weights.fc1.onednn is not None for weights in found] in (
+            [True] * 2,
+            [False] * 2,
+        )
+
+
+def test_after_inference_mode() -> None:
+    block = Block(32, 2, 3.0, norm_layer=partial(nn.LayerNorm, elementwise_affine=False)).eval()
+    x = torch.randn(2, 5, 32)
+    with torch.inference_mode():
         want = block(x)
-        buffer = io.BytesIO()
-        torch.save(block, buffer)
-        buffer.seek(0)
-        for other in (copy.deepcopy(block), torch.load(buffer, weights_only=False)):
-            assert other._known is None
-            write(other)
-            assert not torch.allclose(other(x), want)
-        assert torch.equal(block(x), want)
+    got = block(x.requires_grad_())
+    got.sum().backward()
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_more_memory_than_op_by_op(dtype: torch.dtype) -> None:
+    """Queries, keys and values are freed before the MLP runs."""
+    block, x = Block(96, 3, 3.0).to(dtype).eval(), torch.randn(8, 64, 96).to(dtype)
+
+    def peak(function: Callable[[Tensor], Tensor]) -> int:
+        with torch.no_grad():
+            function(x)
+            return memory.record(lambda: function(x), "cpu")[0].peak
+
+    def op_by_op(x: Tensor) -> Tensor:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(block_module, "weights_for", lambda *args: None)
+            return block(x)
+
+    assert is_whole(block, x) or torch.is_grad_enabled()
+    assert peak(block) <= 1.05 * peak(op_by_op)
 
 
 def test_functional_calls_use_their_weights_and_leave_none_behind() -> None:
@@ -250,6 +369,13 @@ def test_frozen_weights_may_be_loaded_later(dtype: torch.dtype) -> None:
     after = frozen(images)
     assert not torch.allclose(after, before)
     assert torch.equal(copy.deepcopy(frozen)(images), after)  # a copy packs anew
+    for factor in (2.0, 0.5, 1.0):  # whose memory may be that of the weights before
+        state = {name: factor * weight for name, weight in frozen.state_dict().items()}
+        frozen.load_state_dict(state, assign=True)
+        assert torch.equal(copy.deepcopy(frozen)(images), frozen(images))
+    before = frozen(images)
+    frozen.model.blocks[0].mlp.fc1.gelu = False
+    assert torch.equal(frozen(images), copy.deepcopy(frozen)(images)) and not torch.allclose(frozen(images), before)
 
 
 def test_calls_of_python() -> None:

@@ -1,0 +1,136 @@
+"""The weights of a standard block, for :func:`whole_block`: where it may run in place of the modules and their ops.
+
+Everything is looked at in every call and nothing is kept, so that no change of a block is missed. Whoever changes what
+the modules of a standard block compute must change :func:`whole_block` too, or :func:`weights_for`.
+
+The checks are written for speed: through the modules' dictionaries, in loops, with few calls.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.layers import DropPath, use_fused_attn
+from torch import Tensor, nn
+
+from ..dispatch import is_explaining, resolve_backend
+from ..ops.block.aten import packs, uses_onednn
+from ..ops.block.triton import why_not_auto_add_layer_norm
+from ..ops.block.whole import BlockWeights, LinearWeights
+from ..ops.common.autograd import runs_eagerly
+from ..ops.common.norm import Norm
+from .attention import Attention
+from .mlp import Mlp
+from .packed_linear import PackedLinear
+from .plain import are_plain, is_plain_weight, is_watched
+
+# Of the classes, which some replace to see the attention weights.
+_FORWARDS = Attention.forward, Mlp.forward
+
+
+def weights_for(block: Any, x: Any) -> BlockWeights | None:
+    """What :func:`whole_block` needs for ``block``, or None if the block must run op by op.
+
+    It must under torch.compile, tracing, torch.func and CPU autocast, with :func:`t2t_fast.explain`, another backend,
+    another design, dropout, or parts that were replaced, hooked or patched; and on a GPU, where the tokens are so many
+    that the kernel of ``add_layer_norm`` pays.
+    """
+    if not runs_eagerly(x) or is_explaining() or not use_fused_attn():
+        return None
+    parts = block._modules
+    attn, mlp, drop_path, norms = parts["attn"], parts["mlp"], parts["drop_path"], (parts["norm1"], parts["norm2"])
+    if not _are_standard(attn, mlp) or type(drop_path) not in (nn.Identity, DropPath):
+        return None
+    attn_parts, mlp_parts = attn._modules, mlp._modules
+    linears = attn_parts["qkv"], attn_parts["proj"], mlp_parts["fc1"], mlp_parts["fc2"]
+    silent = attn_parts["attn_drop"], attn_parts["proj_drop"], attn_parts["se_layer"]
+    silent += mlp_parts["drop1"], mlp_parts["norm"], mlp_parts["drop2"]
+    if not _are_silent(silent) or is_watched(attn, mlp, drop_path, *silent) or not are_plain(*norms):
+        return None
+    if type(linears[0]) is PackedLinear:
+        known, weights = _are_packed(linears, mlp_parts["act"], attn.backend), [m._buffers for m in linears]
+    else:
+        known, weights = _are_linear(linears, mlp_parts["act"]), [m._parameters for m in linears]
+    if not known or not _are_alike(x, weights, norms) or why_not_auto_add_layer_norm(x, x) is None:
+        return None
+    if type(linears[0]) is PackedLinear and packs(x):
+        onednn = [linear.packed(x.dtype) for linear in linears]
+    else:
+        onednn = [w["weight"] for w in weights] if uses_onednn(x) else [None] * 4
+    qkv, proj, fc1, fc2 = [LinearWeights(w["weight"], w["bias"], o) for w, o in zip(weights, onednn, strict=True)]
+    norm1, norm2 = [_norm_of(norm, x) for norm in norms]
+    return BlockWeights(norm1, qkv, proj, norm2, fc1, fc2, attn.num_heads, attn.head_dim, attn.scale)
+
+
+def _are_standard(attn: Any, mlp: Any) -> bool:
+    """Whether these are the branches that :func:`whole_block` knows, for its backend."""
+    return (
+        type(attn) is Attention
+        and type(mlp) is Mlp
+        and (Attention.forward, Mlp.forward) == _FORWARDS
+        and attn.fused_attn
+        and type(attn.scale) is float
+        and mlp.backend == attn.backend
+        and resolve_backend(attn.backend) in ("auto", "aten")
+    )
+
+
+def _are_silent(modules: Sequence[Any]) -> bool:
+    """Whether these modules pass everything on as it is: nothing, or a Dropout that does not drop now."""
+    for module in modules:
+        if type(module) is nn.Dropout:
+            if module.training and module.p:
+                return False
+        elif type(module) is not nn.Identity:
+            return False
+    return True
+
+
+def _are_linear(linears: Sequence[Any], act: Any) -> bool:
+    """Whether all are plain Linears, with a plain GELU behind the third."""
+    for linear in linears:
+        if type(linear) is not nn.Linear:
+            return False
+    return type(act) is nn.GELU and are_plain(*linears, act)
+
+
+def _are_packed(linears: Sequence[Any], act: Any, backend: str) -> bool:
+    """Whether all are packed Linears in inference, with the GELU in the third."""
+    for linear in linears:
+        if type(linear) is not PackedLinear or linear.backend != backend or linear.gelu != (linear is linears[2]):
+            return False
+        if not is_plain_weight(linear._buffers["weight"]):
+            return False
+    return type(act) is nn.Identity and not torch.is_grad_enabled() and not is_watched(act, *linears)
+
+
+def _are_alike(x: Tensor, weights: Sequence[dict[str, Any]], norms: Sequence[Any]) -> bool:
+    """Whether tokens and weights have one dtype, device and width. Others are refused op by op, in words."""
+    dtype, device, width = x.dtype, x.device, x.shape[-1:]
+    if x.dim() != 3 or x.numel() == 0:
+        return False
+    for norm in norms:
+        if norm.normalized_shape != width:
+            return False
+    for holder in (*weights, norms[0]._parameters, norms[1]._parameters):
+        weight, bias = holder["weight"], holder["bias"]
+        for tensor in (weight, bias):
+            if tensor is not None and (tensor.dtype is not dtype or tensor.device != device):
+                return False
+    return True
+
+
+def _norm_of(norm: Any, x: Tensor) -> Norm:
+    weight, bias = norm._parameters["weight"], norm._parameters["bias"]
+    if weight is None and bias is None and x.device.type == "cpu":  # torch's kernel takes twice as long then
+        weight, bias = _ones_and_zeros(x.shape[-1], x.dtype)
+    return Norm(weight, bias, norm.eps)
+
+
+@functools.lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def _ones_and_zeros(width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return torch.ones(width, dtype=dtype, device="cpu"), torch.zeros(width, dtype=dtype, device="cpu")
