@@ -68,9 +68,9 @@ def test_explain_names_every_op_and_every_reason() -> None:
     told = explain(small_model(), x)
     stages, blocks = (
         {"soft_split_performer", "soft_split_linear"},
-        {"layer_norm_linear", "attention", "add_layer_norm", "mlp"},
+        {"linear", "attention", "add_layer_norm", "mlp"},
     )
-    assert set(told.backends()) == stages | blocks | {"linear"}
+    assert set(told.backends()) == stages | blocks
     assert sum(d.calls for d in told.decisions if d.op == "soft_split_performer") == 2
     with use_backend("reference"):
         told = explain(small_model(), x)

@@ -46,8 +46,8 @@ def weights_for(block: Any, x: Any) -> BlockWeights | None:
         return None
     attn_parts, mlp_parts = attn._modules, mlp._modules
     linears = attn_parts["qkv"], attn_parts["proj"], mlp_parts["fc1"], mlp_parts["fc2"]
-    silent = attn_parts["attn_drop"], attn_parts["proj_drop"], attn_parts["se_layer"]
-    silent += mlp_parts["drop1"], mlp_parts["norm"], mlp_parts["drop2"]
+    silent = [attn_parts[name] for name in ("attn_drop", "proj_drop", "se_layer")]
+    silent += [mlp_parts[name] for name in ("drop1", "norm", "drop2")]
     if not _are_silent(silent) or is_watched(attn, mlp, drop_path, *silent) or not are_plain(*norms):
         return None
     if type(linears[0]) is PackedLinear:
