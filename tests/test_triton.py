@@ -64,15 +64,15 @@ def operators() -> dict[str, tuple[Any, tuple[Any, ...]]]:
             library.soft_split_backward,
             (torch.randn(2, 20, 45).requires_grad_(), [2, 5, 9, 8], True, *GEOMETRY),
         ),
-        "soft_split_linear": (library.soft_split_linear, (x, weight, offset, f32, True, eps, True, *GEOMETRY)),
-        "soft_split_linear without": (library.soft_split_linear, (x, weight, None, f32, False, eps, False, *GEOMETRY)),
+        "soft_split_linear": (library.soft_split_linear, (x, weight, offset, f32, *GEOMETRY, True, eps, True)),
+        "soft_split_linear without": (library.soft_split_linear, (x, weight, None, f32, *GEOMETRY, False, eps, False)),
         "soft_split_linear_backward_weight": (
             library.soft_split_linear_backward_weight,
-            (tokens, x.detach(), stats, stats, f32, True, True, *GEOMETRY),
+            (tokens, x.detach(), stats, stats, f32, *GEOMETRY, True, True),
         ),
         "soft_split_linear_backward_input": (
             library.soft_split_linear_backward_input,
-            (tokens, *detached(x, weight, offset), tokens, stats, stats, f32, True, *GEOMETRY),
+            (tokens, *detached(x, weight, offset), tokens, stats, stats, f32, *GEOMETRY, True),
         ),
         "performer_attention": (library.performer_attention, (k, q, v, w, 1e-8)),
         "performer_attention_backward": (
@@ -87,7 +87,7 @@ def operators() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         ),
         "soft_split_performer": (
             library.soft_split_performer,
-            (*detached(*tensors_for("soft_split_performer", "norm")), f32, eps, *GEOMETRY, *plain),
+            (*detached(*tensors_for("soft_split_performer", "norm")), f32, *GEOMETRY, eps, 1e-8, eps),
         ),
         "add_layer_norm": (library.add_layer_norm, (*rows, torch.rand(2), eps, True)),
         "add_layer_norm without": (library.add_layer_norm, (*rows[:2], None, None, None, eps, True)),
@@ -292,8 +292,8 @@ def test_no_tensor_as_large_as_the_long_tokens() -> None:
 def test_statistics_are_kept_only_for_training() -> None:
     operator, args = operators()["soft_split_linear"]
     assert [t.shape for t in operator(*args)[1:]] == [(2, 20), (2, 20)]
-    *before, _, kernel_size, stride, padding = args
-    assert [t.numel() for t in operator(*before, False, kernel_size, stride, padding)[1:]] == [0, 0]
+    *before, _ = args
+    assert [t.numel() for t in operator(*before, False)[1:]] == [0, 0]
 
 
 def test_the_input_gets_no_gradient_that_nobody_wants() -> None:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 # Widths up to which a token's row and all weights stay in registers.
 _WIDEST = 64
 
-# In the operators' schemas: a layer's weights with the LayerNorm folded in, and what every schema ends with.
+# In the operators' schemas, which saved programs hold: a layer's weights with the LayerNorm folded in, and its options.
 _LAYER = (
     "Tensor w, Tensor proj_weight, Tensor proj_bias, Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, "
     "Tensor fc2_bias"
@@ -327,7 +327,7 @@ def soft_split_performer(
     with no_autocast(x):
         folded = fold_norm(kqv_weight, kqv_bias, split.norm, compute_dtype(x, kqv_weight))
         tensors = (as_image(x, split.grid), *folded, *_fold(layer, x))
-        return _soft_split_performer(*tensors, dtype, split.norm.eps, *split.geometry, *options)
+        return _soft_split_performer(*tensors, dtype, *split.geometry, split.norm.eps, options.eps, options.norm_eps)
 
 
 def why_not_joined(
@@ -366,8 +366,8 @@ def describe_soft_split_performer(
 @torch.library.custom_op(
     "t2t_fast::soft_split_performer",
     mutates_args=(),
-    schema=f"(Tensor image, Tensor weight, Tensor offset, {_LAYER}, ScalarType dtype, float norm1_eps, {GEOMETRY}, "
-    f"{_OPTIONS}) -> Tensor",
+    schema=f"(Tensor image, Tensor weight, Tensor offset, {_LAYER}, ScalarType dtype, {GEOMETRY}, float norm1_eps, "
+    "float eps, float norm2_eps) -> Tensor",
 )
 def _soft_split_performer(
     image: Tensor,
@@ -381,13 +381,14 @@ def _soft_split_performer(
     fc2_weight: Tensor,
     fc2_bias: Tensor,
     dtype: torch.dtype,
-    norm1_eps: float,
     kernel_size: Pair,
     stride: Pair,
     padding: Pair,
-    *options: float,
+    norm1_eps: float,
+    eps: float,
+    norm2_eps: float,
 ) -> Tensor:
-    """Tokens (B, L, E) of ``dtype``, without dropout."""
+    """Tokens (B, L, E) of ``dtype``."""
     from ...kernels import soft_split_performer as kernels
     from ...kernels import token_performer as layer_kernels
     from ...kernels.rows import num_splits
@@ -402,10 +403,10 @@ def _soft_split_performer(
     kernels.forward_launch(image, packed, offset.contiguous(), w, exponents, v, parts, view, window, norm1_eps).run(
         device
     )
-    sums = _project(attention.combine(parts), proj_weight)
+    sums, options = _project(attention.combine(parts), proj_weight), Options(0.0, 0.0, eps, norm2_eps)
     layer = _contiguous(proj_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     layer_kernels.forward_launch(
-        exponents, v, w, sums, out, layer, None, dtype, Options(*options), splits, from_exponents=True
+        exponents, v, w, sums, out, layer, None, dtype, options, splits, from_exponents=True
     ).run(device)
     return out
 
@@ -427,11 +428,12 @@ def _(
     fc2_weight: Tensor,
     fc2_bias: Tensor,
     dtype: torch.dtype,
-    norm1_eps: float,
     kernel_size: Pair,
     stride: Pair,
     padding: Pair,
-    *options: float,
+    norm1_eps: float,
+    eps: float,
+    norm2_eps: float,
 ) -> Tensor:
     return _empty_tokens(image, weight, dtype, window_grid(image.shape[2:], Geometry(kernel_size, stride, padding)))
 
