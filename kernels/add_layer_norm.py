@@ -18,9 +18,6 @@ from . import configs
 from .launch import Launch, chip_of, whole_block
 from .windows import GROW_WITH_THE_BATCH
 
-# Channels that a block holds in registers.
-MAX_CHANNELS = 2048
-
 
 @triton.jit(do_not_specialize=GROW_WITH_THE_BATCH)
 def _add_layer_norm_forward_kernel(

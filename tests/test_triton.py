@@ -325,7 +325,7 @@ def test_refusals_say_why() -> None:
     bf16 = "torch.randn(1, 3, 8, 8).bfloat16(), torch.randn(4, 27).bfloat16()"
     on_cpu, on_meta = refusals(data, meta)
     assert re.search("on the CPU.* TRITON_INTERPRET=1", on_cpu)
-    assert re.search("no Triton kernels .*'meta'", on_meta)
+    assert re.search("no Triton kernels for this type of device", on_meta)
     for_tests, in_bfloat16 = refusals(data, bf16, TRITON_INTERPRET="1")
     assert "interpreter is for tests" in for_tests
     assert "interpreter multiplies bfloat16 wrongly" in in_bfloat16
@@ -337,10 +337,10 @@ def test_refusals_say_why() -> None:
 @pytest.mark.parametrize(
     ("device", "target", "reason"),
     [
-        ("cuda", ("hip", "gfx942"), "configurations are for NVIDIA GPUs, and Triton compiles for 'hip' here"),
-        ("xpu", ("xpu", 20), "configurations are for NVIDIA GPUs, and Triton compiles for 'xpu' here"),
-        ("cuda", ("cuda", 75), r"compute capability 7\.5; the kernels need 8\.0 or newer"),
-        ("mps", None, "no Triton kernels for devices of type 'mps'"),
+        ("cuda", ("hip", "gfx942"), "configurations are for NVIDIA GPUs"),
+        ("xpu", ("xpu", 20), "configurations are for NVIDIA GPUs"),
+        ("cuda", ("cuda", 75), r"the kernels need compute capability 8\.0 or newer"),
+        ("mps", None, "no Triton kernels for this type of device"),
     ],
 )
 def test_other_hardware_takes_the_library(
@@ -408,7 +408,7 @@ def test_explain_tells_which_kernels_a_stage_takes() -> None:
 
     assert told(16).startswith("soft_split_performer x1: triton (joined)\n")
     assert "triton (soft_split_linear, then token_performer: there is dropout)" in told(16, train=True)
-    assert "triton (soft_split_linear, then token_performer: 72 channels, features or hidden units are" in told(72)
+    assert "triton (soft_split_linear, then token_performer: the layer is wider than the 64 channels" in told(72)
     tensors = tensors_for("token_performer")
 
     def call() -> Tensor:

@@ -13,6 +13,7 @@ from ...numerics import ieee_float32
 from .autograd import is_transformed
 
 _OLDEST = 80  # compute capability times ten: bfloat16 and asynchronous copies
+_TOO_OLD = f"the GPU is too old: the kernels need compute capability {_OLDEST / 10} or newer"
 
 
 def why_not(dtype: torch.dtype, x: Tensor, *others: Tensor | None) -> str | None:
@@ -28,7 +29,7 @@ def why_not(dtype: torch.dtype, x: Tensor, *others: Tensor | None) -> str | None
         return "Triton's interpreter multiplies bfloat16 wrongly; take float16 or float32"
     for other in others:
         if other is not None and other.device != x.device:
-            return f"one input is on {x.device}, another on {other.device}"
+            return "the inputs are on different devices"
     return None
 
 
@@ -67,7 +68,7 @@ def _device_reason(device: torch.device) -> str | None:
             return "the tensor is on the CPU, and TRITON_INTERPRET=1 was set after the kernels were imported"
         return None
     if device.type not in ("cuda", "xpu"):  # ROCm's devices are of type cuda, too
-        return f"there are no Triton kernels for devices of type {device.type!r}"
+        return "there are no Triton kernels for this type of device"
     if triton_is_interpreted():
         return "TRITON_INTERPRET=1 is set: the interpreter runs on the CPU"
     try:
@@ -75,9 +76,9 @@ def _device_reason(device: torch.device) -> str | None:
     except (RuntimeError, AssertionError) as error:  # a fake tensor on a machine without a GPU
         return f"Triton finds no GPU: {' '.join(str(error).split())}"
     if target != "cuda":
-        return f"the kernels' configurations are for NVIDIA GPUs, and Triton compiles for {target!r} here"
+        return "the kernels' configurations are for NVIDIA GPUs, and Triton compiles for another kind here"
     if int(arch) < _OLDEST:
-        return f"the GPU has compute capability {int(arch) / 10}; the kernels need 8.0 or newer"
+        return _TOO_OLD
     return None
 
 

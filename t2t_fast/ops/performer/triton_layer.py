@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 # Widths up to which a token's row and all weights stay in registers.
 _WIDEST = 64
+_TOO_WIDE = f"the layer is wider than the {_WIDEST} channels, features or hidden units that fit"
 
 # In the operators' schemas, which saved programs hold: a layer's weights with the LayerNorm folded in, and its options.
 _LAYER = (
@@ -77,13 +78,14 @@ def why_not_layer(x: Tensor, layer: Layer) -> str | None:
 
 def why_not_fused(device: torch.device, dtype: torch.dtype, layer: Layer, differentiate: bool) -> str | None:
     """None, or why the layer's own kernels do not take keys, queries and values of ``dtype``."""
-    widest = max(*layer.w.shape, *layer.fc1_weight.shape)
-    if widest > _WIDEST:
-        return f"{widest} channels, features or hidden units are more than the {_WIDEST} that fit"
+    if max(*layer.w.shape, *layer.fc1_weight.shape) > _WIDEST:
+        return _TOO_WIDE
     if differentiate and layer.w.requires_grad:
         return "w is to be learned"
     if not _has_configs(device, dtype, differentiate):
-        return f"the kernels are not built for {'training in ' if differentiate else ''}this precision on this GPU"
+        if differentiate:
+            return "the kernels are not built for training in this precision on this GPU"
+        return "the kernels are not built for this precision on this GPU"
     return None
 
 
