@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...config import triton_is_interpreted
 from ...numerics import ieee_float32
-from .autograd import is_transformed
+from .autograd import is_exporting, is_transformed
 
 _OLDEST = 80  # compute capability times ten: bfloat16 and asynchronous copies
 _TOO_OLD = f"the GPU is too old: the kernels need compute capability {_OLDEST / 10} or newer"
@@ -20,7 +20,7 @@ def why_not(dtype: torch.dtype, x: Tensor, *others: Tensor | None) -> str | None
     """Why an op whose products are in ``dtype`` cannot run on ``x`` and ``others`` in Triton; None if it can."""
     if is_transformed():
         return "tracing, torch.func and forward-mode derivatives need library operations"
-    if _is_exporting():
+    if is_exporting():
         return "an exported program must run without this package"
     reason = _device_reason(x.device)
     if reason is not None:
@@ -42,11 +42,6 @@ def why_not_auto(dtype: torch.dtype, x: Tensor) -> str | None:
     if dtype == torch.float32 and ieee_float32():
         return "float32 products without TF32 are left to the library until the kernels are measured there"
     return None
-
-
-@torch.compiler.assume_constant_result
-def _is_exporting() -> bool:
-    return torch.compiler.is_exporting()
 
 
 @functools.cache
