@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..ops.performer.arguments import Sums
 from . import configs
-from .launch import Config, Launch, precision, whole_block
+from .launch import Config, Launch, block_size_for, precision
 from .rows import (
     Rows,
     load_matrix,
@@ -292,7 +292,7 @@ def _performer_attention_backward_key_kernel(
 def config_of(table: configs.Table, k: Tensor, features: int) -> Config:
     config = configs.pick(table, k.device, k.dtype)
     # Whole rows: these blocks are as large as the tensors.
-    whole = {"BLOCK_FEATURES": whole_block(features), "BLOCK_DIM": whole_block(k.shape[2])}
+    whole = {"BLOCK_FEATURES": block_size_for(features), "BLOCK_DIM": block_size_for(k.shape[2])}
     return Config({**config.blocks, **whole}, config.num_warps, config.num_stages, config.tuned)
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..ops.performer.arguments import Options, Sums
 from . import configs
-from .launch import Launch, precision, whole_block
+from .launch import Launch, block_size_for, precision
 from .performer_attention import (
     attention_weights,
     config_of,
@@ -295,7 +295,7 @@ def _constants(v: Tensor, layer: FoldedLayer, dtype: torch.dtype, options: Optio
         "NORM_EPS": options.norm_eps,
         "OPERAND": getattr(tl, str(dtype).removeprefix("torch.")),
         "MLP_PRECISION": precision(dtype),
-        "BLOCK_HIDDEN": whole_block(layer.fc1_weight.shape[0]),
+        "BLOCK_HIDDEN": block_size_for(layer.fc1_weight.shape[0]),
     }
 
 
