@@ -2,18 +2,19 @@
 
 The first pass sums, per image and feature, over the keys; the second divides, per query::
 
-    S = Σ exp(e_k - b)        A = Σ exp(e_k - b) vᵀ        e_z = w z - |z|²/2,   b = max over the keys of e_k
-    y = p A,    p = exp(e_q + b - a) / (exp(e_q + b - a) · S + eps m exp(-a)),   a = max over the features of e_q + b
+    e_z     = w z - |z|²/2                      largest = max over the keys of e_k
+    total   = Σ exp(e_k - largest)              summary = Σ exp(e_k - largest) vᵀ
+    phi     = exp(e_q + largest - top)          top     = max over the features of e_q + largest
+    weights = phi / (phi · total + eps m exp(-top))
+    y       = weights summary
 
-In code b is ``largest``, S ``total``, A ``summary`` (together the sums), and p ``weights``.
+This is the definition, numerator and denominator divided by exp(top) / m, eps included. No exponential exceeds 1, total
+is at least 1, and so is the denominator: the feature that attains top has exp(0) times its total. Hence nothing
+overflows, nothing divides by zero, and no ratio loses its digits, whatever the keys and queries. Where exp(-top)
+overflows the definition gives less than any float32, and so does this: 0.
 
-This is the definition, numerator and denominator divided by exp(a) / m, eps included. No exponential exceeds 1, S is at
-least 1, and so is the denominator: the feature that attains a has exp(0) times its S. Hence nothing overflows, nothing
-divides by zero, and no ratio loses its digits, whatever the keys and queries. Where exp(-a) overflows the definition
-gives less than any float32, and so does this: 0.
-
-Backward recomputes the exponentials, in one pass over the queries (dq, and what A and S get) and one over the keys (dk
-and dv). Sums over tokens go through a fixed number of ranges, added up in order.
+Backward recomputes the exponentials, in one pass over the queries (dq, and what total and summary get) and one over the
+keys (dk and dv). Sums over tokens go through a fixed number of ranges, added up in order.
 """
 
 from __future__ import annotations

@@ -159,12 +159,12 @@ def _flops(k: Any, q: Any, v: Any, w: Any, *args: Any, **kwargs: Any) -> int:
 
 
 def flops(k: Any, w: Any) -> int:
-    """phi of keys and queries, A and p A at 2 T m E each, and the denominator."""
+    """phi of keys, phi of queries, the summary and its matmul with the weights, 2 T m E each; and the denominator."""
     batch, tokens, dim = k
     return batch * tokens * w[0] * (8 * dim + 2)
 
 
 @register_flop_formula(torch.ops.t2t_fast.performer_attention_backward)
 def _backward_flops(grad: Any, k: Any, q: Any, v: Any, w: Any, *args: Any, **kwargs: Any) -> int:
-    """As a chain of products: two for each of the forward's."""
+    """As a chain of matmuls: two for each of the forward's."""
     return 2 * flops(k, w)

@@ -154,7 +154,7 @@ def _contiguous(*tensors: Tensor) -> FoldedLayer:
 
 
 def _project(sums: Sums, proj_weight: Tensor) -> Sums:
-    """The sums with A Pᵀ (B, m, E) for A."""
+    """The sums with the summary projected: multiplied by proj_weightᵀ, (B, m, E)."""
     return Sums(sums.largest, sums.total, sums.summary @ proj_weight.to(sums.summary.dtype).t())
 
 
@@ -301,7 +301,7 @@ _token_performer.register_autograd(_differentiate, setup_context=_keep)
 
 @register_flop_formula(torch.ops.t2t_fast.token_performer)
 def _flops(kqv: Any, w: Any, proj_weight: Any, proj_bias: Any, fc1_weight: Any, *args: Any, **kwargs: Any) -> int:
-    """The attention's, and a product with proj, fc1 and fc2 per token as the literal layer has them."""
+    """The attention's, and a matmul with proj, fc1 and fc2 per token as the literal layer has them."""
     batch, tokens, triple = kqv
     return _layer_flops((batch, tokens, triple // 3), w, fc1_weight)
 
@@ -315,7 +315,7 @@ def _layer_flops(tokens: Any, w: Any, fc1_weight: Any) -> int:
 
 @register_flop_formula(torch.ops.t2t_fast.token_performer_backward)
 def _backward_flops(grad: Any, *args: Any, **kwargs: Any) -> int:
-    """As a chain of products: two for each of the forward's."""
+    """As a chain of matmuls: two for each of the forward's."""
     return 2 * _flops(*args)
 
 
