@@ -313,7 +313,7 @@ def _launch(
 
 
 def precisions(dtype: torch.dtype) -> dict[str, str]:
-    """How products with phi, and those in the exponent, are multiplied for rows of ``dtype``."""
+    """How matmuls with phi, and those in the exponent, are multiplied for rows of ``dtype``."""
     # 16-bit values are exact in TF32; w is in two parts of it, as float32 values are.
     if dtype.itemsize == 2:
         return {"PRECISION": "tf32", "EXPONENT_PRECISION": "tf32x2"}

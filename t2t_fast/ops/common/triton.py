@@ -17,7 +17,7 @@ _TOO_OLD = f"the GPU is too old: the kernels need compute capability {_OLDEST / 
 
 
 def why_not(dtype: torch.dtype, x: Tensor, *others: Tensor | None) -> str | None:
-    """Why an op whose products are in ``dtype`` cannot run on ``x`` and ``others`` in Triton; None if it can."""
+    """Why an op whose matmuls are in ``dtype`` cannot run on ``x`` and ``others`` in Triton; None if it can."""
     if is_transformed():
         return "tracing, torch.func and forward-mode derivatives need library operations"
     if is_exporting():
@@ -34,13 +34,13 @@ def why_not(dtype: torch.dtype, x: Tensor, *others: Tensor | None) -> str | None
 
 
 def why_not_auto(dtype: torch.dtype, x: Tensor) -> str | None:
-    """Why ``auto`` does not take Triton for products in ``dtype`` although it could."""
+    """Why ``auto`` does not take Triton for matmuls in ``dtype`` although it could."""
     if x.device.type == "cpu":
         return "the interpreter is for tests"
     if dtype == torch.float64:
-        return "float64 products are left to the library"
+        return "float64 matmuls are left to the library"
     if dtype == torch.float32 and ieee_float32():
-        return "float32 products without TF32 are left to the library until the kernels are measured there"
+        return "float32 matmuls without TF32 are left to the library until the kernels are measured there"
     return None
 
 

@@ -350,7 +350,7 @@ _soft_split_linear.register_autograd(_differentiate, setup_context=_keep)
     get_raw=True,
 )
 def _flops(first: Tensor, second: Tensor, *args: Any, out_val: Any, **kwargs: Any) -> int:
-    """Two per product: tokens times out times values of a window, in all three directions."""
+    """Two per multiply-add: tokens times out times values of a window, in all three directions."""
     outputs = out_val if isinstance(out_val, tuple) else (out_val,)
     if first.ndim == 4:  # forward: image and weight to tokens
         return 2 * outputs[0].numel() * second.shape[1]
