@@ -1,5 +1,5 @@
 // The operators' schemas, and build_info() for `python -m t2t_fast env`. Shapes for torch.compile, gradients and
-// argument checks are Python's: t2t_fast/native/.
+// argument checks are Python's: t2t_fast/ops/<family>/.
 #include <torch/library.h>
 
 #include "se/se_gate.h"

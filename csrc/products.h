@@ -1,4 +1,4 @@
-// The large products, which belong to the library: oneDNN for float32 on the CPU, ATen's matrix product elsewhere.
+// The large matmuls, which belong to the library: oneDNN for float32 on the CPU, ATen elsewhere.
 // PyTorch gives float32 to MKL, which took 1.15 times and twice the time on the two AMD CPUs it was measured on.
 #pragma once
 

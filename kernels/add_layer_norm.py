@@ -15,11 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .launch import Launch, chip_of, whole_block
+from .launch import Launch, block_size_for, chip_of
 from .windows import GROW_WITH_THE_BATCH
-
-# Channels that a block holds in registers.
-MAX_CHANNELS = 2048
 
 
 @triton.jit(do_not_specialize=GROW_WITH_THE_BATCH)
@@ -161,7 +158,7 @@ def forward_launch(
         "HAS_WEIGHT": weight is not None,
         "HAS_BIAS": bias is not None,
         "KEEP_STATISTICS": statistics is not None,
-        "BLOCK_CHANNELS": whole_block(channels),
+        "BLOCK_CHANNELS": block_size_for(channels),
     }
     grid = (triton.cdiv(images * tokens, config.blocks["BLOCK_TOKENS"]),)
     return Launch(_add_layer_norm_forward_kernel, grid, args, constants, config)
@@ -201,7 +198,7 @@ def backward_launch(
         "HAS_WEIGHT": weight is not None,
         "HAS_BIAS": d_bias is not None,
         "KEEP_DY": dy is not None,
-        "BLOCK_CHANNELS": whole_block(channels),
+        "BLOCK_CHANNELS": block_size_for(channels),
     }
     sizes = (images * tokens, per_split, tokens, channels)
     return Launch(_add_layer_norm_backward_kernel, (splits,), (*args, *sizes), constants, config)

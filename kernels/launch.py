@@ -89,8 +89,8 @@ def is_interpreted(kernel: Any) -> bool:
     return not isinstance(kernel, triton.runtime.JITFunction)
 
 
-def whole_block(size: int) -> int:
-    """The block that holds all of ``size``."""
+def block_size_for(size: int) -> int:
+    """The smallest block, a power of two and at least 16, that holds all of ``size``."""
     return max(16, triton.next_power_of_2(size))
 
 

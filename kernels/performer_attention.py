@@ -2,18 +2,19 @@
 
 The first pass sums, per image and feature, over the keys; the second divides, per query::
 
-    S = Σ exp(e_k - b)        A = Σ exp(e_k - b) vᵀ        e_z = w z - |z|²/2,   b = max over the keys of e_k
-    y = p A,    p = exp(e_q + b - a) / (exp(e_q + b - a) · S + eps m exp(-a)),   a = max over the features of e_q + b
+    e_z     = w z - |z|²/2                      largest = max over the keys of e_k
+    total   = Σ exp(e_k - largest)              summary = Σ exp(e_k - largest) vᵀ
+    phi     = exp(e_q + largest - top)          top     = max over the features of e_q + largest
+    weights = phi / (phi · total + eps m exp(-top))
+    y       = weights summary
 
-In code b is ``largest``, S ``total``, A ``summary`` (together the sums), and p ``weights``.
+This is the definition, numerator and denominator divided by exp(top) / m, eps included. No exponential exceeds 1, total
+is at least 1, and so is the denominator: the feature that attains top has exp(0) times its total. Hence nothing
+overflows, nothing divides by zero, and no ratio loses its digits, whatever the keys and queries. Where exp(-top)
+overflows the definition gives less than any float32, and so does this: 0.
 
-This is the definition, numerator and denominator divided by exp(a) / m, eps included. No exponential exceeds 1, S is at
-least 1, and so is the denominator: the feature that attains a has exp(0) times its S. Hence nothing overflows, nothing
-divides by zero, and no ratio loses its digits, whatever the keys and queries. Where exp(-a) overflows the definition
-gives less than any float32, and so does this: 0.
-
-Backward recomputes the exponentials, in one pass over the queries (dq, and what A and S get) and one over the keys (dk
-and dv). Sums over tokens go through a fixed number of ranges, added up in order.
+Backward recomputes the exponentials, in one pass over the queries (dq, and what total and summary get) and one over the
+keys (dk and dv). Sums over tokens go through a fixed number of ranges, added up in order.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from ..ops.performer.arguments import Sums
 from . import configs
-from .launch import Config, Launch, precision, whole_block
+from .launch import Config, Launch, block_size_for, precision
 from .rows import (
     Rows,
     load_matrix,
@@ -292,7 +293,7 @@ def _performer_attention_backward_key_kernel(
 def config_of(table: configs.Table, k: Tensor, features: int) -> Config:
     config = configs.pick(table, k.device, k.dtype)
     # Whole rows: these blocks are as large as the tensors.
-    whole = {"BLOCK_FEATURES": whole_block(features), "BLOCK_DIM": whole_block(k.shape[2])}
+    whole = {"BLOCK_FEATURES": block_size_for(features), "BLOCK_DIM": block_size_for(k.shape[2])}
     return Config({**config.blocks, **whole}, config.num_warps, config.num_stages, config.tuned)
 
 
@@ -312,7 +313,7 @@ def _launch(
 
 
 def precisions(dtype: torch.dtype) -> dict[str, str]:
-    """How products with phi, and those in the exponent, are multiplied for rows of ``dtype``."""
+    """How matmuls with phi, and those in the exponent, are multiplied for rows of ``dtype``."""
     # 16-bit values are exact in TF32; w is in two parts of it, as float32 values are.
     if dtype.itemsize == 2:
         return {"PRECISION": "tf32", "EXPONENT_PRECISION": "tf32x2"}

@@ -1,11 +1,11 @@
-"""Soft split, LayerNorm and Linear as one implicit matrix product; tokens as long as a patch are never written.
+"""Soft split, LayerNorm and Linear as one implicit matmul; tokens as long as a patch are never written.
 
 Forward gathers windows tile by tile, multiplies them by the centred weights W_c (the LayerNorm folded in, see
 :mod:`t2t_fast.ops.soft_splits.aten`) and collects each window's mean and variance on the way::
 
     tokens = rstd(u) (W_c u) + offset
 
-The window is shifted by the mean of some of its own values first. That changes neither the product, since the rows of
+The window is shifted by the mean of some of its own values first. That changes neither W_c u, since the rows of
 W_c sum to zero, nor the variance, and it keeps both exact where a patch hardly varies around a large mean: the
 variance of n values is at least (value - mean)² / n, so the difference of the two sums cannot cancel further than that.
 
@@ -16,7 +16,7 @@ Backward gathers the windows again. With g the incoming gradient and z = (u - me
     dx      = Σ over the windows that cover x of  rstd (W_cᵀ g) - rstd² c (x - mean),   c = g · (tokens - offset) / n
 
 dx is a gather too: pixels whose position leaves the same remainder by the stride are covered by the same taps, so each
-such class is a dense matrix product without a wasted tap.
+such class is a dense matmul without a wasted tap.
 """
 
 from __future__ import annotations

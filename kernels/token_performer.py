@@ -1,14 +1,14 @@
 """The Performer token layer's second pass: everything behind the sums over the keys, row by row, in one kernel.
 
-With p the attention weights of a query and A the summary of the keys and values (see :mod:`.performer_attention` for
-both), and the LayerNorm's affine folded into fc1::
+With the weights and the summary of :mod:`.performer_attention`; P, F1 and F2 the weights of proj, fc1 and fc2, and b,
+b1 and b2 their biases; and the LayerNorm's affine folded into fc1::
 
-    y   = v + mask1 (p (A Pᵀ) + b)        z = (y - mean(y)) rstd(y)        h = F1 z + b1
+    y   = v + mask1 (weights (summary Pᵀ) + b)        z = (y - mean(y)) rstd(y)        h = F1 z + b1
     out = y + mask2 (F2 gelu(h) + b2)
 
-A is projected once per image, so p (A Pᵀ) costs no more than p A. A token is read once and written once; what lies
-between stays in registers. Backward reads q, v and the gradient, computes all of that again, and writes dq, the part of
-dv that comes by the skip, and its range's share of the weights' gradients.
+The summary is projected once per image, so weights (summary Pᵀ) costs no more than weights summary. A token is read
+once and written once; what lies between stays in registers. Backward reads q, v and the gradient, computes all of that
+again, and writes dq, the part of dv that comes by the skip, and its range's share of the weights' gradients.
 
 A mask is a number or zero per token and channel. It is never stored: 16 bits of Philox (Salmon et al., SC 2011), keyed
 by a seed and counted by image, token and channel, decide, the same in both directions.
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..ops.performer.arguments import Options, Sums
 from . import configs
-from .launch import Launch, precision, whole_block
+from .launch import Launch, block_size_for, precision
 from .performer_attention import (
     attention_weights,
     config_of,
@@ -238,7 +238,7 @@ def _token_performer_backward_kernel(
     BLOCK_DIM: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr,
 ):
-    """dq and dy, and what one range of tokens passes on to total, to A Pᵀ and to the layer."""
+    """dq and dy, and what one range of tokens passes on to the total, the projected summary and the layer."""
     dtype: tl.constexpr = sums.total.dtype.element_ty
     image, split = tl.program_id(0) // sizes.splits, tl.program_id(0) % sizes.splits
     feature, channel, unit = tl.arange(0, BLOCK_FEATURES), tl.arange(0, BLOCK_DIM), tl.arange(0, BLOCK_HIDDEN)
@@ -295,7 +295,7 @@ def _constants(v: Tensor, layer: FoldedLayer, dtype: torch.dtype, options: Optio
         "NORM_EPS": options.norm_eps,
         "OPERAND": getattr(tl, str(dtype).removeprefix("torch.")),
         "MLP_PRECISION": precision(dtype),
-        "BLOCK_HIDDEN": whole_block(layer.fc1_weight.shape[0]),
+        "BLOCK_HIDDEN": block_size_for(layer.fc1_weight.shape[0]),
     }
 
 
@@ -314,7 +314,7 @@ def forward_launch(
 ) -> Launch:
     """Fill ``out`` (B, T, E).
 
-    ``sums`` are those of the images, with A Pᵀ for the summary; ``seed`` is for dropout, on the device; ``dtype`` is
+    ``sums`` are those of the images, the summary projected; ``seed`` is for dropout, on the device; ``dtype`` is
     that of the MLP's operands. ``q`` is (B, T, E), or with ``from_exponents`` the exponents of its features (B, T, m),
     contiguous, in the dtype of the sums.
     """
@@ -343,7 +343,7 @@ def backward_launch(
     dtype: torch.dtype,
     options: Options,
 ) -> Launch:
-    """Fill dq and the skip's share of dv (B, T, E); and per range (B, splits, ...) the gradients of total, A Pᵀ, layer.
+    """Fill dq and the skip's share of dv (B, T, E); per range (B, splits, ...) the gradients of the sums and the layer.
 
     The other arguments are as for :func:`forward_launch`.
     """

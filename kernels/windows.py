@@ -8,14 +8,13 @@ Offsets into tensors are 64-bit, positions within an image and token numbers 32-
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops.soft_splits.arguments import Geometry
+from ..ops.soft_splits.arguments import Geometry, Pair
 from ..ops.soft_splits.reference import window_grid
 
 # Sizes that change with the batch: the kernels are compiled once for all of them.
@@ -57,9 +56,7 @@ class View(NamedTuple):
     stride_col: int
 
 
-def make_window(
-    channels: int, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], channels_last: bool
-) -> Window:
+def make_window(channels: int, kernel_size: Pair, stride: Pair, padding: Pair, channels_last: bool) -> Window:
     return Window(channels, *kernel_size, *stride, *padding, channels_last)
 
 
@@ -67,7 +64,7 @@ def make_view(image: Tensor, window: Window) -> View:
     grid = window_grid(image.shape[2:], window.geometry)
     if image.shape[0] * max(image.shape[2] * image.shape[3], grid[0] * grid[1]) > 2**31 - 2**16:
         raise ValueError(f"a batch of {tuple(image.shape)} has more than 2**31 pixels or tokens; split it")
-    return View(*image.shape[2:], *grid, *image.stride())
+    return View(*image.shape[2:], *grid, *image.stride())  # type: ignore[call-arg]  # lengths that mypy does not know
 
 
 @triton.jit

@@ -77,7 +77,7 @@ PLANTS = {
         "  const int64_t first",
         "AssertionError",
     ),
-    "a barrier missing between the gate's two products": (
+    "a barrier missing between the gate's two matmuls": (
         "  __syncthreads();\n  const A of_image = scale == nullptr ? A(1) : scale[image];\n  for",
         "  const A of_image = scale == nullptr ? A(1) : scale[image];\n  for",
         "AssertionError",

@@ -75,7 +75,7 @@ def test_it_replays_what_it_captured_and_nothing_else(recorded: list[int]) -> No
         assert "autocast, the backend or the precision" in str(runner.reason(images))
     torch.set_float32_matmul_precision("high")
     try:
-        assert "precision of float32 products is another" in str(runner.reason(images))
+        assert "precision of float32 matmuls is another" in str(runner.reason(images))
     finally:
         torch.set_float32_matmul_precision("highest")
     assert recorded == [4, 2]

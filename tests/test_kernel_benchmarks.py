@@ -35,7 +35,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_rates_of_this_machine() -> None:
-    """A copy of memory and a product of matrices, in bytes and operations per second: within what CPUs have."""
+    """A copy of memory and a matmul, in bytes and operations per second: within what CPUs have."""
     device = torch.device("cpu")
     assert 1e8 < rates.bytes_per_second(device) < 1e13
     assert 1e8 < rates.operations_per_second(torch.float32, device) < 1e15
@@ -54,7 +54,7 @@ def test_table_and_result_file(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert list(result["work"]) == ["add_layer_norm, 384", "se_gate, 384"]
     work = result["work"]["se_gate, 384"]["forward"]
     assert work["bytes"] == 2 * 197 * 384 * 4
-    assert work["floor_s"] == work["bytes"] / 1e10  # no products: the bytes decide
+    assert work["floor_s"] == work["bytes"] / 1e10  # no matmuls: the bytes decide
     timed = {(row["op"], row["variant"]) for row in result["rows"] if "forward_s" in row and "training_s" in row}
     assert {("se_gate", "reference"), ("se_gate", "aten"), ("add_layer_norm", "aten")} <= timed
     assert all(row["passed"] and row.get("error", 0) < 1e-5 for row in result["rows"])

@@ -1,4 +1,4 @@
-"""ops.linear against a product in float64: oneDNN's operator, its gradients, and when it is left alone."""
+"""ops.linear against a matmul in float64: oneDNN's operator, its gradients, and when it is left alone."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_forward_and_gradients(backend: str, shape: tuple[int, int, int, int], d
 
     exact = [t.double() for t in tensors]
     want = formula(*exact)
-    with torch.no_grad():  # where GELU may be part of the product, or work in place
+    with torch.no_grad():  # where GELU may be part of the matmul, or work in place
         assert_close(ops.linear(*tensors, gelu=gelu, backend=backend), want, dtype, shape[2])
     got = ops.linear(*tensors, gelu=gelu, backend=backend)
     assert got.dtype == dtype
@@ -127,7 +127,7 @@ def test_bad_input_is_named() -> None:
 
 
 class LibraryCounter(TorchDispatchMode):
-    """Counts multiply-accumulates of the library's products alone, as ptflops does."""
+    """Counts multiply-accumulates of the library's matmuls alone, as ptflops does."""
 
     def __init__(self) -> None:
         super().__init__()

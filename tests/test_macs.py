@@ -24,7 +24,7 @@ def untouched(name: str, **kwargs: Any) -> nn.Module:
 
 
 def count_by_hand(name: str, size: int) -> int:
-    """Every product of the architecture, written out (paper §3; token_dim 64, 32 random features)."""
+    """Every matmul of the architecture, written out (paper §3; token_dim 64, 32 random features)."""
     kwargs = VARIANTS[name].kwargs
     dim, depth, ratio, tokens_type = (kwargs[key] for key in ("embed_dim", "depth", "mlp_ratio", "tokens_type"))
     e, m = 64, 32

@@ -62,7 +62,7 @@ def test_compiling_again_gives_the_table() -> None:
     rows = {}
     for selection in (("--arch", "90", "--kind", "bfloat16"), ("--arch", "80", "--kind", "tf32")):
         done = run(*selection, "--dry-run", "--json")
-        assert done.returncode == 0, done.stderr  # a spill, or a product without tensor cores
+        assert done.returncode == 0, done.stderr  # a spill, or a matmul without tensor cores
         rows |= {key(row): row for row in json.loads(done.stdout)}
     kept = {key(row): row for row in TABLE["rows"] if key(row) in rows}
     assert rows.keys() == kept.keys()

@@ -224,7 +224,7 @@ def test_other_dtypes_and_devices_are_refused() -> None:
     with pytest.raises(TypeError, match="x has dtype float16, fc1_weight float32; cast one of them"):
         ops.se_mlp(*tensors, **NATIVE)
     meta = [t.to("meta") for t in arguments("se_gate")]
-    with pytest.raises(BackendUnavailable, match="no code for devices of type 'meta'"):
+    with pytest.raises(BackendUnavailable, match="no code for this type of device"):
         ops.se_gate(*meta, **NATIVE)
     assert ops.se_gate(*meta).shape == meta[0].shape
 

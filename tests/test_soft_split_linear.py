@@ -262,7 +262,7 @@ def flat_images() -> dict[str, Tensor]:
     }
 
 
-# 16-bit products cannot hold means beyond 100 standard deviations: the bright steps are for float32 and float64.
+# 16-bit matmuls cannot hold means beyond 100 standard deviations: the bright steps are for float32 and float64.
 FLAT_CASES = [(name, dtype) for dtype in (torch.float64, torch.float32) for name in flat_images()]
 FLAT_CASES += [(n, dtype) for dtype in (torch.float16, torch.bfloat16) for n in flat_images() if n != "bright steps"]
 
@@ -337,7 +337,7 @@ def test_autocast(backend: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize("case", CASES)
 def test_without_convolutions(case: tuple, norm: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What float32 on CUDA does while cuDNN could take TF32: products over patches in place of the convolution."""
+    """What float32 on CUDA does while cuDNN could take TF32: matmuls over patches in place of the convolution."""
     tensors, geometry = make(case, False, norm)
     monkeypatch.setattr(aten, "_convolves_in_tf32", lambda image: True)
     assert_close(run("aten", tensors, geometry), forward(*tensors, *geometry), torch.float64, 576)

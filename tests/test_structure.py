@@ -110,3 +110,17 @@ def test_files_and_functions_are_short() -> None:
                 lines = (node.end_lineno or 0) - node.lineno + 1
                 too_long += [f"{name}, {node.name}: {lines}"] if lines > 80 else []
     assert not too_long, "\n".join(too_long)
+
+
+def test_reasons_are_constants() -> None:
+    """``auto`` asks for them in every call and reads none: no text is made there."""
+    built = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in sorted((ROOT / "t2t_fast" / "ops").rglob("*.py"))
+        for function in ast.walk(ast.parse(path.read_text()))
+        if isinstance(function, ast.FunctionDef) and function.name.startswith("why_not")
+        if function.name != "why_not_open"  # once, when the extension is loaded
+        for node in ast.walk(function)
+        if isinstance(node, ast.JoinedStr)
+    ]
+    assert built == []

@@ -16,6 +16,7 @@ import torch
 import t2t_fast
 from t2t_fast import config
 from t2t_fast.cli import make_parser
+from t2t_fast.ops.common import extension
 from t2t_fast.usage import OneLineParser
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,11 +62,76 @@ OPS = {
     "token_performer": f"(kqv, w, {_LAYER.format(norm='norm')}, proj_drop=0.0, mlp_drop=0.0, eps=1e-08, "
     "norm_eps=1e-05, *, backend='auto')",
 }
-# In torch.ops.t2t_fast: saved programs hold these names.
-OPERATORS = """add_layer_norm add_layer_norm_backward linear performer_attention
-performer_attention_backward se_gate se_gate_backward se_mlp se_mlp_backward soft_split soft_split_backward
-soft_split_linear soft_split_linear_backward_input soft_split_linear_backward_weight soft_split_performer
-token_performer token_performer_backward"""
+# In torch.ops.t2t_fast: saved programs hold these names and arguments.
+OPERATORS = {
+    "add_layer_norm": (
+        "(Tensor x, Tensor y, Tensor? weight, Tensor? bias, Tensor? scale, float eps, bool differentiate) -> "
+        "(Tensor, Tensor, Tensor, Tensor)"
+    ),
+    "add_layer_norm_backward": (
+        "(Tensor? d_total, Tensor d_normed, Tensor total, Tensor mean, Tensor rstd, Tensor? weight, Tensor? "
+        "scale, ScalarType x_dtype, ScalarType y_dtype, bool has_bias) -> (Tensor, Tensor, Tensor, Tensor)"
+    ),
+    "linear": "(Tensor x, Tensor weight, Tensor? bias, bool gelu) -> Tensor",
+    "performer_attention": "(Tensor k, Tensor q, Tensor v, Tensor w, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
+    "performer_attention_backward": (
+        "(Tensor grad, Tensor k, Tensor q, Tensor v, Tensor w, Tensor largest, Tensor total, Tensor summary, "
+        "float eps, bool needs_dw) -> (Tensor, Tensor, Tensor, Tensor)"
+    ),
+    "soft_split": "(Tensor image, int[2] kernel_size, int[2] stride, int[2] padding) -> Tensor",
+    "soft_split_backward": (
+        "(Tensor grad, SymInt[4] size, bool channels_last, int[2] kernel_size, int[2] stride, int[2] padding) -> Tensor"
+    ),
+    "soft_split_linear": (
+        "(Tensor image, Tensor weight, Tensor? offset, ScalarType dtype, int[2] kernel_size, int[2] stride, "
+        "int[2] padding, bool norm, float eps, bool differentiate) -> (Tensor, Tensor, Tensor)"
+    ),
+    "soft_split_linear_backward_input": (
+        "(Tensor grad, Tensor image, Tensor weight, Tensor? offset, Tensor tokens, Tensor mean, Tensor rstd, "
+        "ScalarType dtype, int[2] kernel_size, int[2] stride, int[2] padding, bool norm) -> Tensor"
+    ),
+    "soft_split_linear_backward_weight": (
+        "(Tensor grad, Tensor image, Tensor mean, Tensor rstd, ScalarType dtype, int[2] kernel_size, int[2] "
+        "stride, int[2] padding, bool norm, bool has_offset) -> (Tensor, Tensor)"
+    ),
+    "soft_split_performer": (
+        "(Tensor image, Tensor weight, Tensor offset, Tensor w, Tensor proj_weight, Tensor proj_bias, Tensor "
+        "fc1_weight, Tensor fc1_bias, Tensor fc2_weight, Tensor fc2_bias, ScalarType dtype, int[2] kernel_size, "
+        "int[2] stride, int[2] padding, float norm1_eps, float eps, float norm2_eps) -> Tensor"
+    ),
+    "token_performer": (
+        "(Tensor kqv, Tensor w, Tensor proj_weight, Tensor proj_bias, Tensor fc1_weight, Tensor fc1_bias, Tensor "
+        "fc2_weight, Tensor fc2_bias, Tensor? seed, ScalarType dtype, float proj_drop, float mlp_drop, float eps, "
+        "float norm_eps) -> (Tensor, Tensor, Tensor, Tensor)"
+    ),
+    "token_performer_backward": (
+        "(Tensor grad, Tensor kqv, Tensor w, Tensor proj_weight, Tensor proj_bias, Tensor fc1_weight, Tensor "
+        "fc1_bias, Tensor fc2_weight, Tensor fc2_bias, Tensor? seed, Tensor largest, Tensor total, Tensor "
+        "summary, ScalarType dtype, float proj_drop, float mlp_drop, float eps, float norm_eps) -> (Tensor, "
+        "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
+}
+OPERATORS_OF_EXTENSION = {
+    "se_gate": (
+        "(Tensor x, Tensor w_reduce, Tensor w_expand, Tensor? residual, Tensor? scale) -> (Tensor output, Tensor "
+        "mean, Tensor reduced, Tensor gate)"
+    ),
+    "se_gate_backward": (
+        "(Tensor grad, Tensor x, Tensor mean, Tensor reduced, Tensor gate, Tensor w_reduce, Tensor w_expand, "
+        "Tensor? scale) -> (Tensor x, Tensor w_reduce, Tensor w_expand, Tensor scale)"
+    ),
+    "se_mlp": (
+        "(Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, Tensor w_reduce, "
+        "Tensor w_expand, Tensor? residual, Tensor? scale, bool differentiate) -> (Tensor output, Tensor hidden, "
+        "Tensor product, Tensor mean, Tensor reduced, Tensor gate)"
+    ),
+    "se_mlp_backward": (
+        "(Tensor grad, Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, Tensor "
+        "w_reduce, Tensor w_expand, Tensor? scale, Tensor hidden, Tensor product, Tensor mean, Tensor reduced, "
+        "Tensor gate) -> (Tensor x, Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, Tensor fc2_bias, "
+        "Tensor w_reduce, Tensor w_expand, Tensor scale)"
+    ),
+}
 # Arguments of each command, and of each script in benchmarks/.
 COMMANDS = {
     "predict": "IMAGE --model --checkpoint --pretrained --img-size --batch-size --device --dtype --backend --top-k "
@@ -128,10 +194,13 @@ def test_signature(name: str) -> None:
     assert str(signature.replace(parameters=bare, return_annotation=inspect.Signature.empty)) == expected
 
 
-@pytest.mark.parametrize("name", OPERATORS.split())
+@pytest.mark.parametrize("name", [*OPERATORS, *OPERATORS_OF_EXTENSION])
 def test_operator(name: str) -> None:
-    """The import of the package registers it."""
-    assert hasattr(torch.ops.t2t_fast, name)
+    """The import of the package registers it, with arguments that saved programs can call."""
+    if name in OPERATORS_OF_EXTENSION and extension.module is None:
+        pytest.skip(f"the extension is not loaded: {extension.why_not_loaded}")
+    schema = (OPERATORS | OPERATORS_OF_EXTENSION)[name]
+    assert str(getattr(torch.ops.t2t_fast, name).default._schema) == f"t2t_fast::{name}{schema}"
 
 
 def _arguments(parser: argparse.ArgumentParser) -> str:

@@ -64,15 +64,15 @@ def operators() -> dict[str, tuple[Any, tuple[Any, ...]]]:
             library.soft_split_backward,
             (torch.randn(2, 20, 45).requires_grad_(), [2, 5, 9, 8], True, *GEOMETRY),
         ),
-        "soft_split_linear": (library.soft_split_linear, (x, weight, offset, f32, True, eps, True, *GEOMETRY)),
-        "soft_split_linear without": (library.soft_split_linear, (x, weight, None, f32, False, eps, False, *GEOMETRY)),
+        "soft_split_linear": (library.soft_split_linear, (x, weight, offset, f32, *GEOMETRY, True, eps, True)),
+        "soft_split_linear without": (library.soft_split_linear, (x, weight, None, f32, *GEOMETRY, False, eps, False)),
         "soft_split_linear_backward_weight": (
             library.soft_split_linear_backward_weight,
-            (tokens, x.detach(), stats, stats, f32, True, True, *GEOMETRY),
+            (tokens, x.detach(), stats, stats, f32, *GEOMETRY, True, True),
         ),
         "soft_split_linear_backward_input": (
             library.soft_split_linear_backward_input,
-            (tokens, *detached(x, weight, offset), tokens, stats, stats, f32, True, *GEOMETRY),
+            (tokens, *detached(x, weight, offset), tokens, stats, stats, f32, *GEOMETRY, True),
         ),
         "performer_attention": (library.performer_attention, (k, q, v, w, 1e-8)),
         "performer_attention_backward": (
@@ -87,7 +87,7 @@ def operators() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         ),
         "soft_split_performer": (
             library.soft_split_performer,
-            (*detached(*tensors_for("soft_split_performer", "norm")), f32, eps, *GEOMETRY, *plain),
+            (*detached(*tensors_for("soft_split_performer", "norm")), f32, *GEOMETRY, eps, 1e-8, eps),
         ),
         "add_layer_norm": (library.add_layer_norm, (*rows, torch.rand(2), eps, True)),
         "add_layer_norm without": (library.add_layer_norm, (*rows[:2], None, None, None, eps, True)),
@@ -292,8 +292,8 @@ def test_no_tensor_as_large_as_the_long_tokens() -> None:
 def test_statistics_are_kept_only_for_training() -> None:
     operator, args = operators()["soft_split_linear"]
     assert [t.shape for t in operator(*args)[1:]] == [(2, 20), (2, 20)]
-    *before, _, kernel_size, stride, padding = args
-    assert [t.numel() for t in operator(*before, False, kernel_size, stride, padding)[1:]] == [0, 0]
+    *before, _ = args
+    assert [t.numel() for t in operator(*before, False)[1:]] == [0, 0]
 
 
 def test_the_input_gets_no_gradient_that_nobody_wants() -> None:
@@ -325,7 +325,7 @@ def test_refusals_say_why() -> None:
     bf16 = "torch.randn(1, 3, 8, 8).bfloat16(), torch.randn(4, 27).bfloat16()"
     on_cpu, on_meta = refusals(data, meta)
     assert re.search("on the CPU.* TRITON_INTERPRET=1", on_cpu)
-    assert re.search("no Triton kernels .*'meta'", on_meta)
+    assert re.search("no Triton kernels for this type of device", on_meta)
     for_tests, in_bfloat16 = refusals(data, bf16, TRITON_INTERPRET="1")
     assert "interpreter is for tests" in for_tests
     assert "interpreter multiplies bfloat16 wrongly" in in_bfloat16
@@ -337,10 +337,10 @@ def test_refusals_say_why() -> None:
 @pytest.mark.parametrize(
     ("device", "target", "reason"),
     [
-        ("cuda", ("hip", "gfx942"), "configurations are for NVIDIA GPUs, and Triton compiles for 'hip' here"),
-        ("xpu", ("xpu", 20), "configurations are for NVIDIA GPUs, and Triton compiles for 'xpu' here"),
-        ("cuda", ("cuda", 75), r"compute capability 7\.5; the kernels need 8\.0 or newer"),
-        ("mps", None, "no Triton kernels for devices of type 'mps'"),
+        ("cuda", ("hip", "gfx942"), "configurations are for NVIDIA GPUs"),
+        ("xpu", ("xpu", 20), "configurations are for NVIDIA GPUs"),
+        ("cuda", ("cuda", 75), r"the kernels need compute capability 8\.0 or newer"),
+        ("mps", None, "no Triton kernels for this type of device"),
     ],
 )
 def test_other_hardware_takes_the_library(
@@ -408,7 +408,7 @@ def test_explain_tells_which_kernels_a_stage_takes() -> None:
 
     assert told(16).startswith("soft_split_performer x1: triton (joined)\n")
     assert "triton (soft_split_linear, then token_performer: there is dropout)" in told(16, train=True)
-    assert "triton (soft_split_linear, then token_performer: 72 channels, features or hidden units are" in told(72)
+    assert "triton (soft_split_linear, then token_performer: the layer is wider than the 64 channels" in told(72)
     tensors = tensors_for("token_performer")
 
     def call() -> Tensor:

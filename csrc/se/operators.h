@@ -48,7 +48,7 @@ struct GateGrads {
   Tensor factor, shift;  // (images, C)
 };
 
-// `product` is what the affine map was applied to: y without its bias. Fills the gradients that the gate's two products
+// `product` is what the affine map was applied to: y without its bias. Fills the gradients that the gate's two matmuls
 // receive, (images, C) and (images, R), the token sum of d_y, (images, C), and that of the scale, (images).
 GateGrads run_gate_backward(const Passes& passes, const DeviceScope& scope, const Tensor& grad, const Tensor& product,
                             const Tensor& gate, const Tensor& reduced, const Tensor& w_reduce, const Tensor& expand,

@@ -70,7 +70,7 @@ struct ReduceGrad {
   void* dot;  // acc (images, channels)
 };
 
-// From the token sums to the gradients of the gate's two products and of what they were given.
+// From the token sums to the gradients of the gate's two matmuls and of what they were given.
 struct GateBackward {
   int64_t images, tokens, reduced_channels, channels;
   Type type;

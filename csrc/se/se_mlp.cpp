@@ -2,7 +2,7 @@
 // mean, and its gradients.
 //
 // The token mean commutes with fc2, so the gate needs only the token mean of the hidden layer, which the GELU's pass
-// leaves behind, and w_reduce fc2_weight, one small product per call: it is known before fc2 runs, and what fc2 makes is
+// leaves behind, and w_reduce fc2_weight, one small matmul per call: it is known before fc2 runs, and what fc2 makes is
 // read once, to be scaled. The same identity gives the gradient of w_reduce.
 #include "se_mlp.h"
 
@@ -75,7 +75,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> se_ml
   const Tensor grad = grad_.contiguous(), x = x_.contiguous(), w_reduce = w_reduce_.contiguous();
   const OptionalTensor fc1_bias = contiguous(fc1_bias_), fc2_bias = contiguous(fc2_bias_), scale = contiguous(scale_);
 
-  // 16-bit products over all rows at once: sums of chunks would be rounded in between.
+  // 16-bit matmuls over all rows at once: sums of chunks would be rounded in between.
   const Chunks chunks(x, hidden.size(1) * (2 * hidden.size(2) + product.size(2)) * x.element_size(),
                       x.element_size() == 2);
   const Tensor d_x = at::empty_like(x), d_fc1_bias = at::empty_like(mean), d_fc2_bias = at::empty_like(gate);

@@ -118,7 +118,7 @@ def faults(rows: list[dict[str, Any]]) -> list[str]:
 
 def table_of(rows: list[dict[str, Any]]) -> Table:
     """A line per row."""
-    table = Table("kernel", "use", "chip", "kind", "blocks", "warps", "registers", "spilled", "shared", "products")
+    table = Table("kernel", "use", "chip", "kind", "blocks", "warps", "registers", "spilled", "shared", "matmuls")
     for row in rows:
         blocks = " ".join(str(size) for size in row["blocks"].values())
         numbers = (row["num_warps"], row["registers"], row["spilled_bytes"], row["shared_bytes"])

@@ -37,7 +37,7 @@ def show(result: dict[str, Any]) -> None:
     )
     rates = ", ".join(f"{rate / 1e12:.2f} in {name}" for name, rate in result["operations_per_second"].items())
     console.print(
-        "of a product: the model's arithmetic per second over that of one large matmul on this machine, "
+        "of a matmul: the model's arithmetic per second over that of one large matmul on this machine, "
         f"{rates} (10^12 operations per second)."
     )
     limits = sorted({row["tolerance"] for row in rows if row["tolerance"] is not None})

@@ -48,7 +48,7 @@ def throughput(result: Result) -> str:
     for (mode, precision, batch, size), rows in kinds.items():
         latency, related = batch == 1, any(row.get("of_product") for row in rows)
         headings = ["model", "variant", "MACs (G)", "images/s", "speed", *(["p50, p90, p99 (ms)"] * latency)]
-        headings += [*(["of a product"] * related), "error"]
+        headings += [*(["of a matmul"] * related), "error"]
         body = []
         for row in rows:
             cells = [row["model"], row["variant"] or "timm", f"{row['macs'] / 1e9:.1f}"]

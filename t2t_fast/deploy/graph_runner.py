@@ -82,7 +82,7 @@ class GraphRunner(nn.Module):
         if images.shape[0] not in self._replays:
             return f"batches of {images.shape[0]} were not captured, only of {', '.join(map(str, self._replays))}"
         if _conditions(images.device) != self._conditions:
-            return "autocast, the backend or the precision of float32 products is another than at the capture"
+            return "autocast, the backend or the precision of float32 matmuls is another than at the capture"
         if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
             return "a compiler or another capture is recording"
         return None

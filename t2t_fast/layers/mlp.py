@@ -24,7 +24,7 @@ class Mlp(timm.layers.Mlp):
     Args:
         dim: Channels in and out.
         hidden_dim: Channels in between.
-        drop: Dropout after each product.
+        drop: Dropout after each matmul.
         backend: Passed to the op.
         device: Where the parameters are made.
         dtype: Their floating-point type; None for torch's default.

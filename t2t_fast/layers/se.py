@@ -79,7 +79,7 @@ class SEMlp(nn.Module):
     Args:
         dim: Channels in and out.
         hidden_dim: Channels in between.
-        drop: Dropout after each product.
+        drop: Dropout after each matmul.
         reduction: ``dim`` over the width of the gate's bottleneck.
         backend: Passed to the ops.
         device: Where the parameters are made.

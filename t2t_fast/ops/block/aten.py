@@ -97,7 +97,7 @@ def add_layer_norm(x: Tensor, y: Tensor, norm: Norm, scale: Tensor | None) -> tu
 
 
 def why_not_onednn(x: Tensor, *weights: Tensor | None) -> str | None:
-    """Why the product is not oneDNN's own operator; None if it is."""
+    """Why the matmul is not oneDNN's own operator; None if it is."""
     if x.device.type != "cpu" or not _HAS_ONEDNN:
         return "oneDNN's operator is for x86 CPUs"
     tensors = [x, *(t for t in weights if t is not None)]
@@ -133,14 +133,14 @@ def is_small(x: Tensor, weight: Tensor) -> bool:
 
 
 def why_not_packed(x: Tensor, weight: Tensor) -> str | None:
-    """Why :func:`multiply_packed` cannot be taken, with all in the dtype of the product; None if it can."""
+    """Why :func:`multiply_packed` cannot be taken, with all in the dtype of the matmul; None if it can."""
     if x.device.type != "cpu" or weight.device.type != "cpu" or not _HAS_ONEDNN:
         return "packed weights are for x86 CPUs"
     dtype = product_dtype(x)
     if dtype not in (torch.float32, torch.bfloat16) or (x.dtype != weight.dtype and not is_autocast(x)):
-        return "packed weights are for products in float32 and bfloat16"
+        return "packed weights are for matmuls in float32 and bfloat16"
     if dtype == torch.bfloat16 and not _HAS_BFLOAT16:
-        return "this CPU has no bfloat16 products"
+        return "this CPU has no bfloat16 matmuls"
     if torch.compiler.is_compiling() or is_transformed() or type(x) is not Tensor or x.numel() == 0:
         return "compilers, tracers and empty batches need library operations"
     if in_dispatch_mode():
@@ -149,7 +149,7 @@ def why_not_packed(x: Tensor, weight: Tensor) -> str | None:
 
 
 def pack(weight: Tensor) -> Tensor:
-    """``weight`` rearranged for oneDNN's products: opaque, for :func:`multiply_packed` alone."""
+    """``weight`` rearranged for oneDNN's matmuls: opaque, for :func:`multiply_packed` alone."""
     return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
 
 
@@ -187,7 +187,7 @@ def _differentiate_linear(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
-    """Σ grad xᵀ (out, C), as the gradient of a 1 x 1 convolution: as a product oneDNN would transpose both first."""
+    """Σ grad xᵀ (out, C), as the gradient of a 1 x 1 convolution: as a matmul oneDNN would transpose both first."""
     batch = x.shape[0] if x.dim() > 2 and x.shape[-2] > 1 else 1
     rows, columns = (t.reshape(batch, -1, 1, t.shape[-1]).permute(0, 3, 1, 2) for t in (grad, x))
     weight = x.new_empty(rows.shape[1], columns.shape[1], 1, 1)  # whose values are not read

@@ -14,6 +14,10 @@ from ..common.autograd import differentiable_backward, wants_gradient
 from ..common.norm import Norm
 
 SMALLEST = 2**23  # values (B, N, C): with fewer, an eager run waits for launches, not for memory
+_TOO_SMALL = f"there are fewer than {SMALLEST} values: an operator's Python costs more than the pass it saves"
+
+_MAX_CHANNELS = 2048  # that a block holds in registers
+_TOO_WIDE = f"there are more channels than the kernel's {_MAX_CHANNELS}"
 
 
 def add_layer_norm(x: Tensor, y: Tensor, norm: Norm, scale: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -31,11 +35,7 @@ def why_not_add_layer_norm(x: Tensor, y: Tensor, norm: Norm, scale: Tensor | Non
     reason = common.why_not(torch.promote_types(x.dtype, y.dtype), x, y, norm.weight, norm.bias, scale)
     if reason is not None:
         return reason
-    from ...kernels.add_layer_norm import MAX_CHANNELS
-
-    if x.shape[2] > MAX_CHANNELS:
-        return f"{x.shape[2]} channels are more than the kernel's {MAX_CHANNELS}"
-    return None
+    return _TOO_WIDE if x.shape[2] > _MAX_CHANNELS else None
 
 
 def why_not_auto_add_layer_norm(x: Tensor, y: Tensor, *rest: Any) -> str | None:
@@ -51,7 +51,7 @@ def why_not_auto_add_layer_norm(x: Tensor, y: Tensor, *rest: Any) -> str | None:
     if torch.compiler.is_compiling():
         return "torch.compile fuses sum and norm itself"
     if x.numel() < SMALLEST:
-        return f"{x.numel()} values are fewer than {SMALLEST}: an operator's Python costs more than the pass it saves"
+        return _TOO_SMALL
     return None
 
 

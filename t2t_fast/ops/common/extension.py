@@ -88,7 +88,7 @@ def why_not(x: Tensor, *others: Tensor | None) -> str | None:
         return reason
     for other in others:
         if other is not None and other.device != x.device:
-            return f"one input is on {x.device}, another on {other.device}"
+            return "the inputs are on different devices"
     return None
 
 
@@ -105,10 +105,15 @@ def _device_reason(device_type: str) -> str | None:
     if device_type == "cuda" and torch.version.hip is not None:
         return "the extension's kernels are for NVIDIA GPUs, and this torch is built for ROCm"
     if device_type == "cuda" and not _architectures():
-        return f"the extension is built without CUDA: {read_report(FOLDER).get('no_cuda')}"
+        return _why_no_cuda()
     if device_type not in ("cpu", "cuda"):
-        return f"the extension has no code for devices of type {device_type!r}"
+        return "the extension has no code for this type of device"
     return None
+
+
+@functools.cache
+def _why_no_cuda() -> str:
+    return f"the extension is built without CUDA: {read_report(FOLDER).get('no_cuda')}"
 
 
 @functools.cache

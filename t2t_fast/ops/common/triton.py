@@ -10,16 +10,17 @@ from torch import Tensor
 
 from ...config import triton_is_interpreted
 from ...numerics import ieee_float32
-from .autograd import is_transformed
+from .autograd import is_exporting, is_transformed
 
 _OLDEST = 80  # compute capability times ten: bfloat16 and asynchronous copies
+_TOO_OLD = f"the GPU is too old: the kernels need compute capability {_OLDEST / 10} or newer"
 
 
 def why_not(dtype: torch.dtype, x: Tensor, *others: Tensor | None) -> str | None:
-    """Why an op whose products are in ``dtype`` cannot run on ``x`` and ``others`` in Triton; None if it can."""
+    """Why an op whose matmuls are in ``dtype`` cannot run on ``x`` and ``others`` in Triton; None if it can."""
     if is_transformed():
         return "tracing, torch.func and forward-mode derivatives need library operations"
-    if _is_exporting():
+    if is_exporting():
         return "an exported program must run without this package"
     reason = _device_reason(x.device)
     if reason is not None:
@@ -28,24 +29,19 @@ def why_not(dtype: torch.dtype, x: Tensor, *others: Tensor | None) -> str | None
         return "Triton's interpreter multiplies bfloat16 wrongly; take float16 or float32"
     for other in others:
         if other is not None and other.device != x.device:
-            return f"one input is on {x.device}, another on {other.device}"
+            return "the inputs are on different devices"
     return None
 
 
 def why_not_auto(dtype: torch.dtype, x: Tensor) -> str | None:
-    """Why ``auto`` does not take Triton for products in ``dtype`` although it could."""
+    """Why ``auto`` does not take Triton for matmuls in ``dtype`` although it could."""
     if x.device.type == "cpu":
         return "the interpreter is for tests"
     if dtype == torch.float64:
-        return "float64 products are left to the library"
+        return "float64 matmuls are left to the library"
     if dtype == torch.float32 and ieee_float32():
-        return "float32 products without TF32 are left to the library until the kernels are measured there"
+        return "float32 matmuls without TF32 are left to the library until the kernels are measured there"
     return None
-
-
-@torch.compiler.assume_constant_result
-def _is_exporting() -> bool:
-    return torch.compiler.is_exporting()
 
 
 @functools.cache
@@ -67,7 +63,7 @@ def _device_reason(device: torch.device) -> str | None:
             return "the tensor is on the CPU, and TRITON_INTERPRET=1 was set after the kernels were imported"
         return None
     if device.type not in ("cuda", "xpu"):  # ROCm's devices are of type cuda, too
-        return f"there are no Triton kernels for devices of type {device.type!r}"
+        return "there are no Triton kernels for this type of device"
     if triton_is_interpreted():
         return "TRITON_INTERPRET=1 is set: the interpreter runs on the CPU"
     try:
@@ -75,9 +71,9 @@ def _device_reason(device: torch.device) -> str | None:
     except (RuntimeError, AssertionError) as error:  # a fake tensor on a machine without a GPU
         return f"Triton finds no GPU: {' '.join(str(error).split())}"
     if target != "cuda":
-        return f"the kernels' configurations are for NVIDIA GPUs, and Triton compiles for {target!r} here"
+        return "the kernels' configurations are for NVIDIA GPUs, and Triton compiles for another kind here"
     if int(arch) < _OLDEST:
-        return f"the GPU has compute capability {int(arch) / 10}; the kernels need 8.0 or newer"
+        return _TOO_OLD
     return None
 
 

@@ -34,11 +34,11 @@ class Options(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """What attention needs of the keys and values of an image, or of a range of its tokens: b, S and A of the formulas.
+    """What attention needs of the keys and values of an image, or of a range of its tokens.
 
-    Those are in :mod:`t2t_fast.kernels.performer_attention`.
+    The formulas are in :mod:`t2t_fast.kernels.performer_attention`.
     """
 
-    largest: Tensor  # b (..., m): the largest exponent of each feature
-    total: Tensor  # S (..., m)
-    summary: Tensor  # A (..., m, E)
+    largest: Tensor  # (..., m): the largest exponent of each feature
+    total: Tensor  # (..., m): the sum of the exponentials
+    summary: Tensor  # (..., m, E): that of their outer products with the values

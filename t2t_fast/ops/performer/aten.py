@@ -1,8 +1,8 @@
-"""Performer attention with plain matrix products, and the token layer with the projection folded into the attention.
+"""Performer attention with plain matmuls, and the token layer with the projection folded into the attention.
 
 Attention takes half the passes over memory of the literal form. It is linear in its values: ``P (p A) = p (A Pᵀ)`` with
 p = phi(q) / D of shape (T, m) and A = Σ phi(k) vᵀ of shape (m, E). Projecting the small A once per image replaces a
-product over all tokens. The hand-written backward keeps little.
+matmul over all tokens. The hand-written backward keeps little.
 """
 
 from __future__ import annotations
@@ -219,7 +219,7 @@ class _TokenPerformer(torch.autograd.Function):
         needs: Any = Layer(*needed)
         k, q, v = kqv.chunk(3, dim=-1)
 
-        # Products of one shape are written over each other's buffers as soon as those are used up.
+        # Results of one shape are written over each other's buffers as soon as those are used up.
         d_fc2 = grad if mlp_mask is None else grad * mlp_mask
         activated = F.gelu(hidden)
         d_fc2_weight, d_fc2_bias = _outer(d_fc2, activated), d_fc2.sum((0, 1))

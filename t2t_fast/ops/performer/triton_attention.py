@@ -16,6 +16,7 @@ from .arguments import Sums
 
 # What the kernels hold whole in registers and shared memory.
 _LARGEST = 128
+_TOO_LARGE = f"w is too large: the kernels take up to {_LARGEST} features and channels"
 
 
 def performer_attention(k: Tensor, q: Tensor, v: Tensor, w: Tensor, eps: float) -> Tensor:
@@ -26,15 +27,13 @@ def performer_attention(k: Tensor, q: Tensor, v: Tensor, w: Tensor, eps: float) 
 def why_not_performer_attention(k: Tensor, q: Tensor, v: Tensor, w: Tensor, eps: float) -> str | None:
     """None, or why it cannot run."""
     if {k.dtype, q.dtype} != {v.dtype}:
-        return f"k, q and v are {k.dtype}, {q.dtype} and {v.dtype}; the kernels take one dtype"
+        return "k, q and v differ in dtype; the kernels take one dtype"
     return why_not_whole(w) or common.why_not(k.dtype, k, q, v, w)
 
 
 def why_not_whole(w: Tensor) -> str | None:
     """None, or why the kernels cannot hold ``w`` (m, E) whole."""
-    if max(w.shape) <= _LARGEST:
-        return None
-    return f"w is {w.shape[0]} x {w.shape[1]}; the kernels take up to {_LARGEST} features and channels"
+    return None if max(w.shape) <= _LARGEST else _TOO_LARGE
 
 
 def why_not_auto_performer_attention(k: Tensor, q: Tensor, v: Tensor, w: Tensor, eps: float) -> str | None:
@@ -160,12 +159,12 @@ def _flops(k: Any, q: Any, v: Any, w: Any, *args: Any, **kwargs: Any) -> int:
 
 
 def flops(k: Any, w: Any) -> int:
-    """phi of keys and queries, A and p A at 2 T m E each, and the denominator."""
+    """phi of keys, phi of queries, the summary and its matmul with the weights, 2 T m E each; and the denominator."""
     batch, tokens, dim = k
     return batch * tokens * w[0] * (8 * dim + 2)
 
 
 @register_flop_formula(torch.ops.t2t_fast.performer_attention_backward)
 def _backward_flops(grad: Any, k: Any, q: Any, v: Any, w: Any, *args: Any, **kwargs: Any) -> int:
-    """As a chain of products: two for each of the forward's."""
+    """As a chain of matmuls: two for each of the forward's."""
     return 2 * flops(k, w)

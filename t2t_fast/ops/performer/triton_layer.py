@@ -34,8 +34,9 @@ if TYPE_CHECKING:
 
 # Widths up to which a token's row and all weights stay in registers.
 _WIDEST = 64
+_TOO_WIDE = f"the layer is wider than the {_WIDEST} channels, features or hidden units that fit"
 
-# In the operators' schemas: a layer's weights with the LayerNorm folded in, and what every schema ends with.
+# In the operators' schemas, which saved programs hold: a layer's weights with the LayerNorm folded in, and its options.
 _LAYER = (
     "Tensor w, Tensor proj_weight, Tensor proj_bias, Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, "
     "Tensor fc2_bias"
@@ -77,13 +78,14 @@ def why_not_layer(x: Tensor, layer: Layer) -> str | None:
 
 def why_not_fused(device: torch.device, dtype: torch.dtype, layer: Layer, differentiate: bool) -> str | None:
     """None, or why the layer's own kernels do not take keys, queries and values of ``dtype``."""
-    widest = max(*layer.w.shape, *layer.fc1_weight.shape)
-    if widest > _WIDEST:
-        return f"{widest} channels, features or hidden units are more than the {_WIDEST} that fit"
+    if max(*layer.w.shape, *layer.fc1_weight.shape) > _WIDEST:
+        return _TOO_WIDE
     if differentiate and layer.w.requires_grad:
         return "w is to be learned"
     if not _has_configs(device, dtype, differentiate):
-        return f"the kernels are not built for {'training in ' if differentiate else ''}this precision on this GPU"
+        if differentiate:
+            return "the kernels are not built for training in this precision on this GPU"
+        return "the kernels are not built for this precision on this GPU"
     return None
 
 
@@ -152,7 +154,7 @@ def _contiguous(*tensors: Tensor) -> FoldedLayer:
 
 
 def _project(sums: Sums, proj_weight: Tensor) -> Sums:
-    """The sums with A Pᵀ (B, m, E) for A."""
+    """The sums with the summary projected: multiplied by proj_weightᵀ, (B, m, E)."""
     return Sums(sums.largest, sums.total, sums.summary @ proj_weight.to(sums.summary.dtype).t())
 
 
@@ -299,7 +301,7 @@ _token_performer.register_autograd(_differentiate, setup_context=_keep)
 
 @register_flop_formula(torch.ops.t2t_fast.token_performer)
 def _flops(kqv: Any, w: Any, proj_weight: Any, proj_bias: Any, fc1_weight: Any, *args: Any, **kwargs: Any) -> int:
-    """The attention's, and a product with proj, fc1 and fc2 per token as the literal layer has them."""
+    """The attention's, and a matmul with proj, fc1 and fc2 per token as the literal layer has them."""
     batch, tokens, triple = kqv
     return _layer_flops((batch, tokens, triple // 3), w, fc1_weight)
 
@@ -313,7 +315,7 @@ def _layer_flops(tokens: Any, w: Any, fc1_weight: Any) -> int:
 
 @register_flop_formula(torch.ops.t2t_fast.token_performer_backward)
 def _backward_flops(grad: Any, *args: Any, **kwargs: Any) -> int:
-    """As a chain of products: two for each of the forward's."""
+    """As a chain of matmuls: two for each of the forward's."""
     return 2 * _flops(*args)
 
 
@@ -327,7 +329,7 @@ def soft_split_performer(
     with no_autocast(x):
         folded = fold_norm(kqv_weight, kqv_bias, split.norm, compute_dtype(x, kqv_weight))
         tensors = (as_image(x, split.grid), *folded, *_fold(layer, x))
-        return _soft_split_performer(*tensors, dtype, split.norm.eps, *split.geometry, *options)
+        return _soft_split_performer(*tensors, dtype, *split.geometry, split.norm.eps, options.eps, options.norm_eps)
 
 
 def why_not_joined(
@@ -366,8 +368,8 @@ def describe_soft_split_performer(
 @torch.library.custom_op(
     "t2t_fast::soft_split_performer",
     mutates_args=(),
-    schema=f"(Tensor image, Tensor weight, Tensor offset, {_LAYER}, ScalarType dtype, float norm1_eps, {GEOMETRY}, "
-    f"{_OPTIONS}) -> Tensor",
+    schema=f"(Tensor image, Tensor weight, Tensor offset, {_LAYER}, ScalarType dtype, {GEOMETRY}, float norm1_eps, "
+    "float eps, float norm2_eps) -> Tensor",
 )
 def _soft_split_performer(
     image: Tensor,
@@ -381,13 +383,14 @@ def _soft_split_performer(
     fc2_weight: Tensor,
     fc2_bias: Tensor,
     dtype: torch.dtype,
-    norm1_eps: float,
     kernel_size: Pair,
     stride: Pair,
     padding: Pair,
-    *options: float,
+    norm1_eps: float,
+    eps: float,
+    norm2_eps: float,
 ) -> Tensor:
-    """Tokens (B, L, E) of ``dtype``, without dropout."""
+    """Tokens (B, L, E) of ``dtype``."""
     from ...kernels import soft_split_performer as kernels
     from ...kernels import token_performer as layer_kernels
     from ...kernels.rows import num_splits
@@ -402,10 +405,10 @@ def _soft_split_performer(
     kernels.forward_launch(image, packed, offset.contiguous(), w, exponents, v, parts, view, window, norm1_eps).run(
         device
     )
-    sums = _project(attention.combine(parts), proj_weight)
+    sums, options = _project(attention.combine(parts), proj_weight), Options(0.0, 0.0, eps, norm2_eps)
     layer = _contiguous(proj_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     layer_kernels.forward_launch(
-        exponents, v, w, sums, out, layer, None, dtype, Options(*options), splits, from_exponents=True
+        exponents, v, w, sums, out, layer, None, dtype, options, splits, from_exponents=True
     ).run(device)
     return out
 
@@ -427,11 +430,12 @@ def _(
     fc2_weight: Tensor,
     fc2_bias: Tensor,
     dtype: torch.dtype,
-    norm1_eps: float,
     kernel_size: Pair,
     stride: Pair,
     padding: Pair,
-    *options: float,
+    norm1_eps: float,
+    eps: float,
+    norm2_eps: float,
 ) -> Tensor:
     return _empty_tokens(image, weight, dtype, window_grid(image.shape[2:], Geometry(kernel_size, stride, padding)))
 

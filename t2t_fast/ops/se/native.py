@@ -73,7 +73,7 @@ def why_not_se_mlp(x: Tensor, weights: MlpWeights, gate: GateWeights, branch: Br
     """None, or why it cannot run."""
     for weight in (weights.fc1_weight, weights.fc2_weight):
         if product_dtype(x) == x.dtype != weight.dtype:
-            return f"the input is {x.dtype}, a weight {weight.dtype}: outside autocast they must agree"
+            return "the input and a weight differ in dtype: outside autocast they must agree"
     return extension.why_not(x, *weights, *gate, *branch)
 
 

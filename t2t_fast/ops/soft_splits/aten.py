@@ -206,12 +206,12 @@ def _convolve(image: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geom
 
 
 def _convolves_in_tf32(image: Tensor) -> bool:
-    """Whether a convolution could be TF32 though float32 matrix products must not: cuDNN has a switch of its own."""
+    """Whether a convolution could be TF32 though float32 matmuls must not: cuDNN has a switch of its own."""
     return image.is_cuda and product_dtype(image) == torch.float32 and ieee_float32()
 
 
 def _multiply_windows(image: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
-    """The convolution as a matrix product over the windows, (B, out, h, w) in channels-last order."""
+    """The convolution as a matmul over the windows, (B, out, h, w) in channels-last order."""
     tokens = F.linear(soft_split(image, geometry, None), weight, bias)
     grid = window_grid(image.shape[2:], geometry)
     return tokens.transpose(1, 2).unflatten(2, grid)

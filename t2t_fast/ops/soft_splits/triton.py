@@ -24,7 +24,7 @@ from .reference import as_image, window_grid
 if TYPE_CHECKING:
     from ...kernels.windows import View, Window
 
-# The last arguments of every operator here.
+# In the operators' schemas, which saved programs hold: neither names nor order may change.
 GEOMETRY = ", ".join(f"int[2] {name}" for name in Geometry._fields)
 
 
@@ -118,7 +118,7 @@ def soft_split_linear(x: Tensor, weight: Tensor, bias: Tensor | None, split: Spl
             weight, offset = aten.fold_norm(weight, bias, norm, compute)
         tensors = (as_image(x, split.grid), weight, offset)
         eps = 0.0 if norm is None else norm.eps
-        return _soft_split_linear(*tensors, dtype, norm is not None, eps, wants_gradient(*tensors), *split.geometry)[0]
+        return _soft_split_linear(*tensors, dtype, *split.geometry, norm is not None, eps, wants_gradient(*tensors))[0]
 
 
 def why_not_soft_split_linear(x: Tensor, weight: Tensor, bias: Tensor | None, split: Split) -> str | None:
@@ -135,23 +135,25 @@ def why_not_auto_soft_split_linear(x: Tensor, weight: Tensor, bias: Tensor | Non
 @torch.library.custom_op(
     "t2t_fast::soft_split_linear",
     mutates_args=(),
-    schema="(Tensor image, Tensor weight, Tensor? offset, ScalarType dtype, bool norm, float eps, bool differentiate, "
-    f"{GEOMETRY}) -> (Tensor, Tensor, Tensor)",
+    schema=f"(Tensor image, Tensor weight, Tensor? offset, ScalarType dtype, {GEOMETRY}, bool norm, float eps, "
+    "bool differentiate) -> (Tensor, Tensor, Tensor)",
 )
 def _soft_split_linear(
     image: Tensor,
     weight: Tensor,
     offset: Tensor | None,
     dtype: torch.dtype,
+    kernel_size: Pair,
+    stride: Pair,
+    padding: Pair,
     norm: bool,
     eps: float,
     differentiate: bool,
-    *geometry: Pair,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens (B, L, out) of ``dtype``, and each token's mean and rstd (B, L): empty unless they will be needed."""
     from ...kernels import soft_split_linear as kernels
 
-    window, view = lay_windows(image, Geometry(*geometry))
+    window, view = lay_windows(image, Geometry(kernel_size, stride, padding))
     keeps = norm and differentiate
     tokens, mean, rstd = _outputs(image, weight, dtype, (view.grid_h, view.grid_w), keeps)
     kernels.forward_launch(
@@ -171,8 +173,8 @@ def _soft_split_linear(
 @torch.library.custom_op(
     "t2t_fast::soft_split_linear_backward_weight",
     mutates_args=(),
-    schema="(Tensor grad, Tensor image, Tensor mean, Tensor rstd, ScalarType dtype, bool norm, bool has_offset, "
-    f"{GEOMETRY}) -> (Tensor, Tensor)",
+    schema=f"(Tensor grad, Tensor image, Tensor mean, Tensor rstd, ScalarType dtype, {GEOMETRY}, bool norm, "
+    "bool has_offset) -> (Tensor, Tensor)",
 )
 def _backward_weight(
     grad: Tensor,
@@ -180,14 +182,16 @@ def _backward_weight(
     mean: Tensor,
     rstd: Tensor,
     dtype: torch.dtype,
+    kernel_size: Pair,
+    stride: Pair,
+    padding: Pair,
     norm: bool,
     has_offset: bool,
-    *geometry: Pair,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the weight (out, n) and the offset (out,), in float32 or better."""
     from ...kernels import soft_split_linear as kernels
 
-    window, view = lay_windows(image, Geometry(*geometry))
+    window, view = lay_windows(image, Geometry(kernel_size, stride, padding))
     accumulator, out_features = compute_dtype(grad), grad.shape[2]
     splits = kernels.num_splits(grad.shape[0] * grad.shape[1], window, out_features, dtype, grad.device)
     d_weight = grad.new_empty(splits, out_features, window.num_features, dtype=accumulator)
@@ -204,7 +208,7 @@ def _backward_weight(
     "t2t_fast::soft_split_linear_backward_input",
     mutates_args=(),
     schema="(Tensor grad, Tensor image, Tensor weight, Tensor? offset, Tensor tokens, Tensor mean, Tensor rstd, "
-    f"ScalarType dtype, bool norm, {GEOMETRY}) -> Tensor",
+    f"ScalarType dtype, {GEOMETRY}, bool norm) -> Tensor",
 )
 def _backward_input(
     grad: Tensor,
@@ -215,13 +219,15 @@ def _backward_input(
     mean: Tensor,
     rstd: Tensor,
     dtype: torch.dtype,
+    kernel_size: Pair,
+    stride: Pair,
+    padding: Pair,
     norm: bool,
-    *geometry: Pair,
 ) -> Tensor:
     """Gradient of the image."""
     from ...kernels import soft_split_linear as kernels
 
-    window, view = lay_windows(image, Geometry(*geometry))
+    window, view = lay_windows(image, Geometry(kernel_size, stride, padding))
     grad, d_image, device = grad.contiguous(), torch.empty_like(image), image.device
     packed = kernels.pack_weight(weight, window, dtype)
     statistics = coefficient = None
@@ -258,12 +264,15 @@ def _(
     weight: Tensor,
     offset: Tensor | None,
     dtype: torch.dtype,
+    kernel_size: Pair,
+    stride: Pair,
+    padding: Pair,
     norm: bool,
     eps: float,
     differentiate: bool,
-    *geometry: Pair,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _outputs(image, weight, dtype, window_grid(image.shape[2:], Geometry(*geometry)), norm and differentiate)
+    grid = window_grid(image.shape[2:], Geometry(kernel_size, stride, padding))
+    return _outputs(image, weight, dtype, grid, norm and differentiate)
 
 
 @_backward_weight.register_fake
@@ -273,11 +282,13 @@ def _(
     mean: Tensor,
     rstd: Tensor,
     dtype: torch.dtype,
+    kernel_size: Pair,
+    stride: Pair,
+    padding: Pair,
     norm: bool,
     has_offset: bool,
-    *geometry: Pair,
 ) -> tuple[Tensor, Tensor]:
-    (kernel_h, kernel_w), _, _ = geometry
+    kernel_h, kernel_w = kernel_size
     out_features, accumulator = grad.shape[2], compute_dtype(grad)
     d_weight = grad.new_empty(out_features, image.shape[1] * kernel_h * kernel_w, dtype=accumulator)
     return d_weight, grad.new_empty(out_features, dtype=accumulator)
@@ -289,7 +300,8 @@ def _(grad: Tensor, image: Tensor, *rest: Any) -> Tensor:
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    image, weight, offset, ctx.dtype, ctx.norm, ctx.eps, _, *ctx.geometry = inputs
+    image, weight, offset, ctx.dtype, *geometry, ctx.norm, ctx.eps, _ = inputs
+    ctx.geometry = Geometry(*geometry)
     tokens, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
     # The tokens only where a window's variance passes a gradient on to the image.
@@ -302,16 +314,16 @@ def _differentiate(ctx: Any, grad: Tensor, *unused: Tensor | None) -> tuple[Tens
     wants_image, wants_weight, wants_offset, *others = ctx.needs_input_grad
     nothing = (None,) * len(others)
     if torch.is_grad_enabled():
-        inputs = (image, weight, offset, Geometry(*ctx.geometry), ctx.norm, ctx.eps)
+        inputs = (image, weight, offset, ctx.geometry, ctx.norm, ctx.eps)
         d_image, d_weight, d_offset, *_ = differentiable_backward(_definition, inputs, grad)
         return d_image, d_weight, d_offset, *nothing
     d_image = d_weight = d_offset = None
     if wants_image:
         tensors = (image, weight, offset, tokens, mean, rstd)
-        d_image = _backward_input(grad, *tensors, ctx.dtype, ctx.norm, *ctx.geometry)
+        d_image = _backward_input(grad, *tensors, ctx.dtype, *ctx.geometry, ctx.norm)
     if wants_weight or wants_offset:
         has_offset = offset is not None
-        d_weight, d_offset = _backward_weight(grad, image, mean, rstd, ctx.dtype, ctx.norm, has_offset, *ctx.geometry)
+        d_weight, d_offset = _backward_weight(grad, image, mean, rstd, ctx.dtype, *ctx.geometry, ctx.norm, has_offset)
         d_weight, d_offset = d_weight.to(weight.dtype), d_offset.to(offset.dtype) if has_offset else None
     return d_image, d_weight, d_offset, *nothing
 
@@ -338,7 +350,7 @@ _soft_split_linear.register_autograd(_differentiate, setup_context=_keep)
     get_raw=True,
 )
 def _flops(first: Tensor, second: Tensor, *args: Any, out_val: Any, **kwargs: Any) -> int:
-    """Two per product: tokens times out times values of a window, in all three directions."""
+    """Two per multiply-add: tokens times out times values of a window, in all three directions."""
     outputs = out_val if isinstance(out_val, tuple) else (out_val,)
     if first.ndim == 4:  # forward: image and weight to tokens
         return 2 * outputs[0].numel() * second.shape[1]

@@ -1,6 +1,6 @@
 """Softmax attention through ``scaled_dot_product_attention``: the N x N matrix is never stored.
 
-In bfloat16 on a CPU it is two products and a softmax over blocks of scores that stay in the cache, and five products in
+In bfloat16 on a CPU it is two matmuls and a softmax over blocks of scores that stay in the cache, and five matmuls in
 backward, where the scores are computed again: there the library's fused kernel is no faster than in float32.
 """
 

@@ -21,7 +21,7 @@ def scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
 
 
 def weigh(attn: Tensor, v: Tensor) -> Tensor:
-    """``attn v`` in the dtype of a product of ``v``, multiplied in float32 or better."""
+    """``attn v`` in the dtype of a matmul of ``v``, multiplied in float32 or better."""
     dtype = compute_dtype(attn, v)
     with no_autocast(v):
         y = attn.to(dtype) @ v.to(dtype)
