@@ -226,7 +226,7 @@ def test_gradients_are_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_work_is_the_matrix_products() -> None:
+def test_work_is_the_matmuls() -> None:
     """The flops of every case equal those that torch counts for its reference."""
     for case in CASES:
         sample = sample_of(case, 1, torch.float32, torch.device("cpu"))

@@ -91,7 +91,7 @@ def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def _with_residual(run: Callable[[Tensor | None], Tensor], dtype: torch.dtype, residual: Tensor | None) -> Tensor:
-    """``run(residual)`` in the dtype that ``residual + run(None)`` would have, ``dtype`` being that of ``run(None)``.
+    """Cast the result to promote(residual.dtype, dtype), where ``dtype`` is that of the result without ``residual``.
 
     The operators add a residual of their own dtype, or one of float32 (as under autocast) to 16-bit values.
     """

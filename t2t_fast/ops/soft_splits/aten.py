@@ -118,7 +118,9 @@ def _zero_unless(varied: Tensor, products: Tensor, keep_gradient: bool) -> Tenso
 
 
 class _NormedConvolution(torch.autograd.Function):
-    """:func:`_normed_convolution` with a backward that keeps neither W_c u nor anything as long as a window.
+    """:func:`_normed_convolution` with a backward by hand.
+
+    Backward takes W_c u from the result and stores no window-sized tensor.
 
     With g the incoming gradient: ``dW_c`` and a first part of dx are the convolution's for ``g rstd``. The variance
     of a window gets ``dvar = -rstd²/2 Σ_out g (out - offset)``, and gives ``2/n dvar (x - mean)`` to each of its

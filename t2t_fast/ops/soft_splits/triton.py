@@ -240,7 +240,7 @@ def _backward_input(
 
 
 def lay_windows(image: Tensor, geometry: Geometry) -> tuple[Window, View]:
-    """The windows of a kernel with products, and where they lie on ``image``."""
+    """Window and View (sizes, strides) for the matmul kernels."""
     from ...kernels.windows import make_view, make_window
 
     # Neighbouring channels together where they lie together in memory, and are enough to be worth it.
