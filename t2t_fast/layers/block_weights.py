@@ -25,7 +25,7 @@ from ..ops.common.norm import Norm
 from .attention import Attention
 from .mlp import Mlp
 from .packed_linear import PackedLinear
-from .plain import are_plain, is_plain_weight, is_watched
+from .plain import are_plain, is_watched
 
 # Of the classes, which some replace to see the attention weights.
 _FORWARDS = Attention.forward, Mlp.forward
@@ -102,8 +102,9 @@ def _are_packed(linears: Sequence[Any], act: Any, backend: str) -> bool:
     for linear in linears:
         if type(linear) is not PackedLinear or linear.backend != backend or linear.gelu != (linear is linears[2]):
             return False
-        if not is_plain_weight(linear._buffers["weight"]):
-            return False
+        weights = linear._buffers
+        if "weight" not in weights or type(weights["weight"]) is not Tensor or weights["weight"].is_sparse:
+            return False  # quantised since
     return type(act) is nn.Identity and not torch.is_grad_enabled() and not is_watched(act, *linears)
 
 

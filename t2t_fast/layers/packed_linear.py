@@ -14,7 +14,7 @@ from ..ops import linear
 from ..ops.block.aten import multiply_packed, pack, why_not_packed
 from .plain import is_plain_weight
 
-_NEVER = (None, 0, 0, None)
+_NEVER: Any = (None, 0, 0, None)
 
 
 class PackedLinear(nn.Module):
@@ -60,7 +60,9 @@ class PackedLinear(nn.Module):
 
     def packed(self, dtype: torch.dtype) -> Tensor:
         """The weight as it is now, for it may be moved, cast or loaded at any time, packed for ``dtype``."""
-        weight: Any = self._buffers["weight"]
+        weight: Any = self._buffers.get("weight")
+        if weight is None:  # a Parameter since
+            weight = self.weight
         source, version, address, packed = self._packed.get(dtype, _NEVER)
         if source is not weight or version != weight._version or address != weight.data_ptr():
             packed = pack(weight.to(dtype))  # another thread may do the same: both are right

@@ -46,7 +46,7 @@ def runs_eagerly(x: Any) -> bool:
         torch.compiler.is_compiling()
         or type(x) is not Tensor
         or is_transformed()
-        or in_dispatch_mode()
+        or torch._C._len_torch_dispatch_stack() > 0
         or (x.device.type == "cpu" and torch.is_autocast_enabled("cpu"))
     )
 
