@@ -99,8 +99,8 @@ class Block(nn.Module):
         """``x = x + drop_path(attn(norm1(x)))``, then ``x + drop_path(mlp(norm2(x)))``: (B, N, C) to (B, N, C)."""
         weights = weights_for(self, x)
         if weights is not None:  # an unmodified block: the same formula, checking once instead of op by op
-            drop_path = self._modules["drop_path"]
-            if drop_path is None or not drop_path.training:
+            drop_path: Any = self._modules["drop_path"]
+            if not drop_path.training:
                 return whole_block(x, weights)
             return whole_block(x, weights, (drop_path_scale(drop_path, x), drop_path_scale(drop_path, x)))
         y = apply_norm(x, self.norm1)
