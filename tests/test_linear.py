@@ -108,9 +108,10 @@ def test_which_library_multiplies() -> None:
     if not torch.backends.mkldnn.is_available():
         assert "x86" in told(x, weight, bias)
         return
-    assert told(x, weight, bias) == "oneDNN"
-    assert "is small" in told(x[:, :100], weight, bias)
-    assert "is small" in told(x.clone().requires_grad_(), weight, bias)
+    with torch.no_grad():
+        assert told(x, weight, bias) == "oneDNN"
+        assert "is small" in told(x[:, :100], weight, bias)
+    assert "is small" in told(x, weight, bias)  # with gradients a custom operator has to pay
     assert "is for float32" in told(x.double(), weight.double(), bias.double())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert "outside autocast" in told(x, weight, bias)

@@ -130,7 +130,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         path = result_path(options.output, f"overhead {hardware}", env, date)
         command = command_line("overhead", argv)
-        result = new_result("overhead", date, command, env, device="cpu", hardware=hardware)
+        sizes = {"precision": options.precision, "tokens": options.tokens, "channels": options.heads * HEAD_DIM}
+        result = new_result("overhead", date, command, env, device="cpu", hardware=hardware, **sizes)
         result["rows"] = measure(options)
         write_json(path, result)
     except UsageError as error:

@@ -153,6 +153,17 @@ def tuning(result: Result) -> str:
     return f"Block sizes tried, time of the best over that of the shipped ones:\n\n{markdown(headings, body)}"
 
 
+def overhead(result: Result) -> str:
+    body = [
+        [r["mode"], r["block"], f"{r['microseconds']:.1f}", f"{r['times_timm']:.2f}x", str(r["calls"])]
+        for r in result["rows"]
+    ]
+    title = (
+        f"Python time of a block, {result['tokens']} tokens of {result['channels']} channels, {result['precision']}:"
+    )
+    return f"{title}\n\n{markdown(['mode', 'block', 'µs', 'of timm', 'calls'], body)}"
+
+
 KINDS = {
     "throughput": throughput,
     "tokens_to_token": tokens_to_token,
@@ -161,4 +172,5 @@ KINDS = {
     "macs": macs,
     "kernels": kernels,
     "tuning": tuning,
+    "overhead": overhead,
 }
