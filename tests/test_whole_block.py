@@ -235,6 +235,36 @@ def test_dropout_switched_on_later_drops() -> None:
         assert not torch.allclose(block(x), got)
 
 
+def test_parts_set_past_torch_are_called() -> None:
+    x = torch.randn(2, 5, 32, dtype=torch.float64)
+    for name in ("drop_path", "mlp", "norm2"):
+        block: Any = make_block()
+        part = Double(block.get_submodule(name))
+        with torch.no_grad():
+            before = block(x)
+            object.__setattr__(block, name, part)
+            assert not is_whole(block, x)
+            assert_near(block(x), literal(block, x))
+            assert not torch.allclose(block(x), before)
+    other: Any = make_block()
+    del other.drop_path
+    other.drop_path = lambda y: 0 * y
+    with torch.no_grad():
+        assert torch.equal(other(x), x)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 192), (4, 197, 192)])
+def test_batched_gradients(shape: tuple[int, ...]) -> None:
+    """Also where oneDNN's operator multiplies."""
+    block, x = Block(192, 3, 3.0), torch.randn(shape).requires_grad_()
+    y = block(x)[:, 0, :4].sum(0)
+    learned = [x, block.mlp.fc1.weight, block.attn.proj.bias]
+    batched = torch.autograd.grad(y, learned, torch.eye(4), is_grads_batched=True, retain_graph=True)
+    for row in range(4):
+        for got, want in zip(batched, torch.autograd.grad(y[row], learned, retain_graph=True), strict=True):
+            torch.testing.assert_close(got[row], want, rtol=1e-4, atol=1e-5)
+
+
 def test_moved_and_cast() -> None:
     block, x = make_block(torch.float32), torch.randn(2, 5, 32)
     with torch.no_grad():
@@ -373,6 +403,10 @@ def test_frozen_weights_may_be_loaded_later(dtype: torch.dtype) -> None:
         state = {name: factor * weight for name, weight in frozen.state_dict().items()}
         frozen.load_state_dict(state, assign=True)
         assert torch.equal(copy.deepcopy(frozen)(images), frozen(images))
+    proj = frozen.model.blocks[0].attn.proj
+    want = frozen(images)
+    proj.bias = nn.Parameter(proj.bias.clone())  # no buffer any more
+    assert "bias" not in proj._buffers and torch.allclose(frozen(images), want, rtol=1e-2, atol=1e-2)
     before = frozen(images)
     frozen.model.blocks[0].mlp.fc1.gelu = False
     assert torch.equal(frozen(images), copy.deepcopy(frozen)(images)) and not torch.allclose(frozen(images), before)

@@ -29,6 +29,10 @@ from .plain import are_plain, is_watched
 
 # Of the classes, which some replace to see the attention weights.
 _FORWARDS = Attention.forward, Mlp.forward
+# The names of the parts.
+_BLOCK = frozenset(("norm1", "attn", "drop_path", "norm2", "mlp"))
+_ATTENTION = frozenset(("qkv", "attn_drop", "proj", "se_layer", "proj_drop"))
+_MLP = frozenset(("fc1", "act", "drop1", "norm", "fc2", "drop2"))
 
 
 def weights_for(block: Any, x: Any) -> BlockWeights | None:
@@ -40,28 +44,30 @@ def weights_for(block: Any, x: Any) -> BlockWeights | None:
     """
     if not runs_eagerly(x) or is_explaining() or not use_fused_attn():
         return None
-    parts = block._modules
-    attn, mlp, drop_path, norms = parts["attn"], parts["mlp"], parts["drop_path"], (parts["norm1"], parts["norm2"])
-    if not _are_standard(attn, mlp) or type(drop_path) not in (nn.Identity, DropPath):
+    parts, attn, mlp = block._modules, block._modules.get("attn"), block._modules.get("mlp")
+    if not _are_standard(attn, mlp) or not _have_parts(block, attn, mlp):
         return None
     attn_parts, mlp_parts = attn._modules, mlp._modules
+    norms, drop_path = (parts["norm1"], parts["norm2"]), parts["drop_path"]
     linears = attn_parts["qkv"], attn_parts["proj"], mlp_parts["fc1"], mlp_parts["fc2"]
-    silent = [attn_parts[name] for name in ("attn_drop", "proj_drop", "se_layer")]
-    silent += [mlp_parts[name] for name in ("drop1", "norm", "drop2")]
+    silent: tuple[Any, ...] = attn_parts["attn_drop"], attn_parts["proj_drop"], attn_parts["se_layer"]
+    silent += mlp_parts["drop1"], mlp_parts["norm"], mlp_parts["drop2"]
+    if type(drop_path) not in (nn.Identity, DropPath):
+        return None
     if not _are_silent(silent) or is_watched(attn, mlp, drop_path, *silent) or not are_plain(*norms):
         return None
-    if type(linears[0]) is PackedLinear:
-        known, weights = _are_packed(linears, mlp_parts["act"], attn.backend), [m._buffers for m in linears]
-    else:
-        known, weights = _are_linear(linears, mlp_parts["act"]), [m._parameters for m in linears]
-    if not known or not _are_alike(x, weights, norms) or why_not_auto_add_layer_norm(x, x) is None:
+    packed = _are_packed(linears, mlp_parts["act"], attn.backend)
+    if not packed and not _are_linear(linears, mlp_parts["act"]):
         return None
-    if type(linears[0]) is PackedLinear and packs(x):
+    weights = [linear._buffers if packed else linear._parameters for linear in linears]
+    if not _are_alike(x, weights, norms) or why_not_auto_add_layer_norm(x, x) is None:
+        return None
+    if packed and packs(x):
         onednn = [linear.packed(x.dtype) for linear in linears]
     else:
         onednn = [w["weight"] for w in weights] if uses_onednn(x) else [None] * 4
     qkv, proj, fc1, fc2 = [LinearWeights(w["weight"], w["bias"], o) for w, o in zip(weights, onednn, strict=True)]
-    norm1, norm2 = [_norm_of(norm, x) for norm in norms]
+    norm1, norm2 = _norm_of(norms[0], x), _norm_of(norms[1], x)
     return BlockWeights(norm1, qkv, proj, norm2, fc1, fc2, attn.num_heads, attn.head_dim, attn.scale)
 
 
@@ -76,6 +82,14 @@ def _are_standard(attn: Any, mlp: Any) -> bool:
         and mlp.backend == attn.backend
         and resolve_backend(attn.backend) in ("auto", "aten")
     )
+
+
+def _have_parts(block: Any, attn: Any, mlp: Any) -> bool:
+    """Whether each has its parts where torch registers modules, and nothing else under their names."""
+    for module, names in ((block, _BLOCK), (attn, _ATTENTION), (mlp, _MLP)):
+        if not names <= module._modules.keys() or not names.isdisjoint(module.__dict__):
+            return False
+    return "_split_heads" not in attn.__dict__
 
 
 def _are_silent(modules: Sequence[Any]) -> bool:
@@ -102,8 +116,10 @@ def _are_packed(linears: Sequence[Any], act: Any, backend: str) -> bool:
     for linear in linears:
         if type(linear) is not PackedLinear or linear.backend != backend or linear.gelu != (linear is linears[2]):
             return False
-        weights = linear._buffers
-        if "weight" not in weights or type(weights["weight"]) is not Tensor or weights["weight"].is_sparse:
+        weights: dict[str, Any] = linear._buffers
+        if "bias" not in weights or "weight" not in weights:
+            return False
+        if type(weights["weight"]) is not Tensor or weights["weight"].layout is not torch.strided:
             return False  # quantised since
     return type(act) is nn.Identity and not torch.is_grad_enabled() and not is_watched(act, *linears)
 

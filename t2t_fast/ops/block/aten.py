@@ -182,7 +182,7 @@ def _differentiate_linear(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad = torch.ops.aten.gelu_backward(grad, multiply(x, weight, bias, False))
     dx = multiply(grad, weight.t(), None, False) if ctx.needs_input_grad[0] else None
     d_weight = _weight_gradient(grad, x) if ctx.needs_input_grad[1] else None
-    d_bias = grad.flatten(0, -2).sum(dim=0) if ctx.needs_input_grad[2] else None
+    d_bias = grad.reshape(-1, grad.shape[-1]).sum(dim=0) if ctx.needs_input_grad[2] else None
     return dx, d_weight, d_bias, None
 
 
@@ -195,7 +195,7 @@ def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     _, gradient, _ = torch.ops.aten.convolution_backward(
         rows, columns, weight, None, (1, 1), (0, 0), (1, 1), False, (0, 0), 1, mask
     )
-    return gradient.flatten(1)
+    return gradient.reshape(gradient.shape[:2])  # what torch can batch
 
 
 multiply.register_autograd(_differentiate_linear, setup_context=_keep_linear)
