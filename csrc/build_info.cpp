@@ -2,6 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <torch/version.h>
 
+#include "cpu/bfloat16_target.h"
+
 namespace py = pybind11;
 
 // Defined by setup.py on the command line.
@@ -25,8 +27,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
     info["compiler"] = __VERSION__;
     info["flags"] = T2T_FAST_FLAGS;
     info["cpu_capability"] = T2T_FAST_CPU_CAPABILITY;
+    info["bfloat16"] = t2t::has_bfloat16();
     info["nvcc"] = T2T_FAST_NVCC;
     info["architectures"] = T2T_FAST_ARCHITECTURES;
     return info;
-  }, "Compilers, flags, CUDA architectures (empty: no CUDA) and torch version of this build.");
+  }, "Compilers, flags, whether there are bfloat16 matmuls, CUDA architectures (empty: no CUDA) and torch version of this build.");
 }

@@ -68,7 +68,8 @@ def weights_for(block: Any, x: Any) -> BlockWeights | None:
         onednn = [w["weight"] for w in weights] if uses_onednn(x) else [None] * 4
     qkv, proj, fc1, fc2 = [LinearWeights(w["weight"], w["bias"], o) for w, o in zip(weights, onednn, strict=True)]
     norm1, norm2 = _norm_of(norms[0], x), _norm_of(norms[1], x)
-    return BlockWeights(norm1, qkv, proj, norm2, fc1, fc2, attn.num_heads, attn.head_dim, attn.scale)
+    native = resolve_backend(attn.backend) == "auto"
+    return BlockWeights(norm1, qkv, proj, norm2, fc1, fc2, attn.num_heads, attn.head_dim, attn.scale, native)
 
 
 def _are_standard(attn: Any, mlp: Any) -> bool:

@@ -23,9 +23,9 @@ TOKENS_TYPES = ("performer", "transformer", "convolution")
 _FIRST = (7, 4, 2)
 _LATER = (3, 2, 1)
 
-# Images whose intermediates stay in a CPU's cache, and below the size from which the allocator returns memory to the
-# system after each use: measured best of 1, 2, 4, 8 and 16 at 224 px.
-CPU_CHUNK = 4
+# Pixels whose intermediates stay in a CPU's cache, and below the size from which the allocator returns memory to the
+# system after each use: measured best of 1, 2, 4, 8 and 16 images at 224 px.
+_CHUNK_PIXELS = 4 * 224**2
 
 
 class TokensToToken(nn.Module):
@@ -96,8 +96,9 @@ class TokensToToken(nn.Module):
             ValueError: ``x`` has another number of dimensions or channels, or is too small for the first window.
         """
         check_images(x, self.in_chans, self._first_weight() if isinstance(x, Tensor) else None)
-        if self.tokens_type != "convolution" and _in_chunks(x, self.backend):
-            return torch.cat([self._forward(chunk) for chunk in x.split(CPU_CHUNK)])
+        images = _chunk(x, self.backend)
+        if self.tokens_type != "convolution" and images < x.shape[0]:
+            return torch.cat([self._forward(chunk) for chunk in x.split(images)])
         return self._forward(x)
 
     def _first_weight(self) -> Tensor | None:
@@ -136,10 +137,12 @@ def check_images(x: Tensor, in_chans: int, weight: Tensor | None = None) -> None
         raise ValueError(f"images must be at least {smallest} px high and wide, got {x.shape[2]} x {x.shape[3]}")
 
 
-def _in_chunks(x: object, backend: str) -> bool:
-    """Whether to run the batch in chunks: in eager inference on the CPU, but not for the ``reference`` backend."""
+def _chunk(x: Tensor, backend: str) -> int:
+    """How many images to run at a time: all, but in eager inference on the CPU, outside the ``reference`` backend."""
     if not isinstance(x, Tensor) or torch.is_grad_enabled():  # a tracer's proxy is no Tensor
-        return False
+        return x.shape[0]
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # the number of chunks must not enter a graph
-        return False
-    return x.device.type == "cpu" and x.shape[0] > CPU_CHUNK and resolve_backend(backend) != "reference"
+        return x.shape[0]
+    if x.device.type != "cpu" or resolve_backend(backend) == "reference":
+        return x.shape[0]
+    return max(1, _CHUNK_PIXELS // (x.shape[2] * x.shape[3]))

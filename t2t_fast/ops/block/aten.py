@@ -34,6 +34,9 @@ _HAS_BFLOAT16 = _HAS_ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 _SMALL = 3 << 18
 _SMALL_WITH_GRADIENTS = 1 << 22
 
+# Tokens per image from which a convolution over a batch of images takes no longer than one over all tokens in a row.
+_MANY_TOKENS = 128
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
     """(..., C) to (..., out)."""
@@ -188,7 +191,7 @@ def _differentiate_linear(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     """Σ grad xᵀ (out, C), as the gradient of a 1 x 1 convolution: as a matmul oneDNN would transpose both first."""
-    batch = x.shape[0] if x.dim() > 2 and x.shape[-2] > 1 else 1
+    batch = x.shape[0] if x.dim() > 2 and x.shape[-2] >= _MANY_TOKENS else 1
     rows, columns = (t.reshape(batch, -1, 1, t.shape[-1]).permute(0, 3, 1, 2) for t in (grad, x))
     weight = x.new_empty(rows.shape[1], columns.shape[1], 1, 1)  # whose values are not read
     mask = (False, True, False)

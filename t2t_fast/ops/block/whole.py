@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..common.branch import Branch, add_branch
 from ..common.norm import Norm
-from ..softmax_attention.aten import attend
+from ..softmax_attention import aten, native
 from .aten import is_small, multiply, multiply_packed
 
 
@@ -38,6 +38,7 @@ class BlockWeights(NamedTuple):
     num_heads: int
     head_dim: int
     scale: float
+    native: bool  # whether the extension may be used
 
 
 def whole_block(x: Tensor, block: BlockWeights, scales: tuple[Tensor | None, Tensor | None] = (None, None)) -> Tensor:
@@ -61,7 +62,9 @@ def _attend(x: Tensor, block: BlockWeights) -> Tensor:
     batch, tokens, _ = x.shape
     qkv = _multiply(_normalize(x, block.norm1), block.qkv)
     q, k, v = qkv.view(batch, tokens, 3, block.num_heads, block.head_dim).unbind(2)
-    y = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), block.scale)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    attend = native.attend if block.native and native.attends(q, k) else aten.attend
+    y = attend(q, k, v, block.scale)
     return y.transpose(1, 2).flatten(2)
 
 

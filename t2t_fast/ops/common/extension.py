@@ -66,6 +66,16 @@ FOLDER = Path(__file__).resolve().parents[2]
 module, why_not_loaded = load(FOLDER)
 
 
+def _matmuls() -> frozenset[torch.dtype]:
+    info = module.build_info() if module is not None else {"cpu_capability": "DEFAULT"}
+    if info["cpu_capability"] == "DEFAULT":
+        return frozenset()
+    return frozenset((torch.float32, torch.bfloat16) if info["bfloat16"] else (torch.float32,))
+
+
+_MATMULS = _matmuls()
+
+
 def describe() -> dict[str, Any]:
     """The state of the extension for bug reports: ``built``, ``loaded``, the reasons, and what it was built with."""
     report = read_report(FOLDER)
@@ -90,6 +100,23 @@ def why_not(x: Tensor, *others: Tensor | None) -> str | None:
         if other is not None and other.device != x.device:
             return "the inputs are on different devices"
     return None
+
+
+@torch.compiler.assume_constant_result
+def multiplies(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether the extension has fast matmuls of its own for this device and dtype."""
+    return device_type == "cpu" and dtype in _MATMULS
+
+
+def why_not_multiply(dtype: torch.dtype) -> str | None:
+    """Why :func:`multiplies` is false on a CPU; None if it is true."""
+    if dtype in _MATMULS:
+        return None
+    if dtype not in (torch.float32, torch.bfloat16):
+        return "the extension's matmuls are for float32 and bfloat16"
+    if dtype == torch.bfloat16:
+        return "the extension's bfloat16 matmuls need a CPU with AVX512-BF16, and a build by GCC for AVX512"
+    return "the extension is built without AVX2, for which its matmuls are written"
 
 
 @torch.compiler.assume_constant_result

@@ -140,12 +140,17 @@ def token_performer(kqv: Tensor, layer: Layer, options: Options) -> Tensor:
     """(B, T, 3E) to (B, T, E); see :func:`t2t_fast.ops.token_performer`."""
     if product_dtype(kqv) in (torch.float16, torch.bfloat16) or compute_dtype(kqv, layer.w) != kqv.dtype:
         return reference.token_performer(kqv, layer, options, attention=performer_attention)
-    masks = Masks(_draw_mask(kqv, options.proj_drop), _draw_mask(kqv, options.mlp_drop))
+    masks = draw_masks(kqv, options)
     if wants_hand_written_backward(kqv, *layer):
         out, *_ = _TokenPerformer.apply(options, kqv, *masks, *layer)
         return out
     out, _ = token_performer_with_masks(kqv, layer, masks, options)
     return out
+
+
+def draw_masks(kqv: Tensor, options: Options) -> Masks:
+    """Random factors for the tokens of ``kqv`` (B, T, 3E)."""
+    return Masks(_draw_mask(kqv, options.proj_drop), _draw_mask(kqv, options.mlp_drop))
 
 
 def _draw_mask(kqv: Tensor, rate: float) -> Tensor | None:

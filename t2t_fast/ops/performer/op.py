@@ -13,7 +13,7 @@ from ...checks import check_alike, check_epsilon, check_probability, check_shape
 from ...dispatch import Implementation, Op
 from ..common.norm import Norm
 from ..soft_splits.op import Names, check_geometry, check_split
-from . import aten, reference, triton_attention, triton_layer
+from . import aten, native, reference, triton_attention, triton_layer
 from .arguments import Layer, Options
 
 _PERFORMER_ATTENTION = Op(
@@ -39,6 +39,9 @@ _TOKEN_PERFORMER = Op(
             triton_layer.why_not_auto_token_performer,
             triton_layer.describe_token_performer,
         ),
+        Implementation(
+            "native", native.token_performer, native.why_not_token_performer, native.why_not_auto_token_performer
+        ),
         Implementation("aten", aten.token_performer),
         Implementation("reference", reference.token_performer),
     ),
@@ -52,6 +55,13 @@ _SOFT_SPLIT_PERFORMER = Op(
             triton_layer.why_not_soft_split_performer,
             triton_layer.why_not_auto_soft_split_performer,
             triton_layer.describe_soft_split_performer,
+        ),
+        Implementation(
+            "native",
+            native.soft_split_performer,
+            native.why_not_soft_split_performer,
+            native.why_not_auto_soft_split_performer,
+            native.describe_soft_split_performer,
         ),
         Implementation("aten", aten.soft_split_performer),
         Implementation("reference", reference.soft_split_performer),

@@ -63,10 +63,7 @@ def soft_split_linear(x: Tensor, weight: Tensor, bias: Tensor | None, split: Spl
         return _to_tokens(_convolve(image, weight, bias, geometry))
     dtype = compute_dtype(x, weight)
     with no_autocast(x):
-        centred, offset = fold_norm(weight, bias, norm, dtype)
-        if norm.weight is None:  # folded weights were cast after centring, and their rows no longer sum to 0
-            centred = centred.to(dtype)
-            centred = centred - centred.mean(dim=1, keepdim=True)
+        centred, offset = centred_and_offset(weight, bias, norm, dtype)
     if product_dtype(x) in (torch.float16, torch.bfloat16):
         with no_autocast(x):
             mean, rstd, varied = window_statistics(image.to(dtype), geometry, norm.eps)
@@ -81,6 +78,15 @@ def soft_split_linear(x: Tensor, weight: Tensor, bias: Tensor | None, split: Spl
     if wants_hand_written_backward(image, centred, offset) and not _convolves_in_tf32(image):
         return _to_tokens(_NormedConvolution.apply(image, centred, offset, geometry, norm.eps)[0])
     return _to_tokens(_normed_convolution(image, centred, offset, geometry, norm.eps)[0])
+
+
+def centred_and_offset(weight: Tensor, bias: Tensor | None, norm: Norm, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """:func:`fold_norm`, where W_c without gamma is centred, too."""
+    centred, offset = fold_norm(weight, bias, norm, dtype)
+    if norm.weight is None:  # folded weights were cast after centring, and their rows no longer sum to 0
+        centred = centred.to(dtype)
+        centred = centred - centred.mean(dim=1, keepdim=True)
+    return centred, offset
 
 
 def fold_norm(weight: Tensor, bias: Tensor | None, norm: Norm, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...checks import as_pair, check_alike, check_epsilon, check_flag, check_shape, check_tensor
 from ...dispatch import Implementation, Op
 from ..common.norm import Norm
-from . import aten, reference, triton
+from . import aten, native, reference, triton
 from .arguments import Geometry, Pair, Split
 
 _SOFT_SPLIT = Op(
@@ -30,6 +30,12 @@ _SOFT_SPLIT_LINEAR = Op(
             triton.soft_split_linear,
             triton.why_not_soft_split_linear,
             triton.why_not_auto_soft_split_linear,
+        ),
+        Implementation(
+            "native",
+            native.soft_split_linear,
+            native.why_not_soft_split_linear,
+            native.why_not_auto_soft_split_linear,
         ),
         Implementation("aten", aten.soft_split_linear),
         Implementation("reference", reference.soft_split_linear),

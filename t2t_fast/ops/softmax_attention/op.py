@@ -6,11 +6,12 @@ from torch import Tensor
 
 from ...checks import check_alike, check_probability, check_real, check_shape, check_tensor
 from ...dispatch import Implementation, Op
-from . import aten, reference
+from . import aten, native, reference
 
 _ATTENTION = Op(
     "attention",
     (
+        Implementation("native", native.attention, native.why_not_attention, native.why_not_auto_attention),
         Implementation("aten", aten.attention, aten.why_not_attention),
         Implementation("reference", reference.attention),
     ),
