@@ -331,6 +331,14 @@ def test_first_tokens_of_a_block(kind: str, num_tokens: int, bias: bool) -> None
         assert relative_error(got, want) < 1e-12
 
 
+def test_dense_blocks_call_a_patched_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is known: with the tokens alone."""
+    model, images, forward, seen = small("t2t_vit_dense").eval(), seeded_images(2, 32, 32), Block.forward, []
+    monkeypatch.setattr(Block, "forward", lambda self, x: seen.append(x.shape[1]) or forward(self, x))
+    assert told(model, images) == ["last block: for all tokens: a class has another forward"]
+    assert seen == [5, 5]
+
+
 class Mixing(nn.Module):
     """Mixes tokens."""
 

@@ -87,6 +87,8 @@ def why_not_cls_alone(model: Any, block: Any, x: Tensor) -> str | None:
 
 def _why_not_as_made(modules: list[Any], kind_of: Callable[[Any], Any]) -> str | None:
     """Why these modules of known classes may do something else; None if they do as they were made to."""
+    if Block.forward is not _FORWARDS[Block]:  # which a DenseBlock calls
+        return "a class has another forward"
     for module in modules:
         kind = kind_of(module)
         if kind.forward is not _FORWARDS[kind]:
