@@ -95,8 +95,8 @@ def _why_not_as_made(modules: list[Any], kind_of: Callable[[Any], Any]) -> str |
             return "a class has another forward"
         if kind is nn.LayerNorm and len(module.normalized_shape) != 1:
             return "a LayerNorm is over more than the channels"
-        for weights in (module._parameters, module._buffers):
-            for weight in weights.values():
+        if module._parameters or module._buffers:
+            for weight in (*module._parameters.values(), *module._buffers.values()):
                 if weight is not None and not is_plain_weight(weight):
                     return "a weight is no plain tensor"
     return "a module is hooked, patched or compiled by itself" if is_watched(*modules) else None
