@@ -69,9 +69,13 @@ class Decision:
 
 @dataclass
 class Explanation:
-    """The answer of :func:`explain`: one :class:`Decision` for each distinct outcome, in order of first use."""
+    """The answer of :func:`explain`: one :class:`Decision` for each distinct outcome, in order of first use.
+
+    ``notes`` are what a model decided besides, a line each.
+    """
 
     decisions: list[Decision] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def add(self, decision: Decision) -> None:
         for known in self.decisions:
@@ -90,7 +94,7 @@ class Explanation:
     def __str__(self) -> str:
         if not self.decisions:
             return "no t2t_fast op was called"
-        lines = []
+        lines = list(self.notes)
         for decision in self.decisions:
             detail = f" ({decision.detail})" if decision.detail else ""
             lines.append(f"{decision.op} x{decision.calls}: {decision.backend}{detail}")
@@ -205,6 +209,13 @@ def tell(decision: Decision) -> None:
         explanation.add(decision)
 
 
+def note(line: str) -> None:
+    """Report to :func:`explain` what a model decided; see ``Explanation.notes``."""
+    explanation = _explanation.get()
+    if explanation is not None and line not in explanation.notes:
+        explanation.notes.append(line)
+
+
 def explain(model: Callable[..., Any], *inputs: Any, **kwargs: Any) -> Explanation:
     """Run ``model(*inputs)`` once and tell, per op, which implementation ran and why the others did not.
 
@@ -213,7 +224,7 @@ def explain(model: Callable[..., Any], *inputs: Any, **kwargs: Any) -> Explanati
     ``torch.compile`` decides while it is traced: explain the module inside (``compiled._orig_mod``).
 
     Returns:
-        An :class:`Explanation`; ``print`` it, or read ``.decisions``.
+        An :class:`Explanation`; ``print`` it, or read ``.decisions`` and ``.notes``.
     """
     explanation = Explanation()
     token = _explanation.set(explanation)

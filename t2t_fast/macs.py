@@ -27,15 +27,17 @@ class Macs:
 
     Attributes:
         params: Number of parameters, including fixed ones.
-        macs: Multiply-accumulates of a forward pass.
+        macs: Multiply-accumulates of a forward pass, every module computed in full.
         activations: Number of values that matmuls and convolutions write.
         by_module: Module name to the multiply-accumulates spent in it and its children.
+        executed: Multiply-accumulates that a call runs: a T2T-ViT's last block may run for the cls token alone.
     """
 
     params: int
     macs: int
     activations: int = 0
     by_module: dict[str, int] = field(default_factory=dict, repr=False)
+    executed: int = 0
 
 
 def count_macs(model: nn.Module, image_size: int | Sequence[int] | None = None, in_chans: int | None = None) -> Macs:
@@ -74,6 +76,8 @@ def count_macs(model: nn.Module, image_size: int | Sequence[int] | None = None, 
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         image = torch.empty(1, channels, *size, dtype=dtype, device="cpu")
         with FlopCounterMode(display=False) as counter, _ActivationCounter(counter) as activations:
+            twin(image)  # the counter hooks all modules, so all of them are called and for all tokens
+        with _Executed(counter) as executed:
             twin(image)
     root = type(twin).__name__ + "."
     by_module = {
@@ -82,7 +86,7 @@ def count_macs(model: nn.Module, image_size: int | Sequence[int] | None = None, 
         if name.startswith(root)
     }
     params = sum(p.numel() for p in model.parameters())
-    return Macs(params, counter.get_total_flops() // 2, activations.count, by_module)
+    return Macs(params, counter.get_total_flops() // 2, activations.count, by_module, executed.count // 2)
 
 
 # The paper's only figure at another size than 224 px: Table 2, T2T-ViT-14 at 384 px.
@@ -98,18 +102,36 @@ def published(name: str, size: tuple[int, int]) -> tuple[float | None, float | N
     return _PUBLISHED_384.get(architecture, (None, None)) if size == (384, 384) else (None, None)
 
 
-class _ActivationCounter(TorchDispatchMode):
-    """Counts the values returned by the operations that ``flops`` counts."""
+class _Counter(TorchDispatchMode):
+    """Counts something of every operation that ``flops`` counts."""
 
     def __init__(self, flops: FlopCounterMode) -> None:
         super().__init__()
         self.registry, self.count = flops.flop_registry, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
         if func._overloadpacket in self.registry:
-            self.count += sum(t.numel() for t in (out if isinstance(out, tuple) else (out,)) if isinstance(t, Tensor))
+            self.count += self.count_of(func, args, kwargs, out)
         return out
+
+    def count_of(self, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> int:
+        raise NotImplementedError
+
+
+class _ActivationCounter(_Counter):
+    """The values that are returned."""
+
+    def count_of(self, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> int:
+        return sum(t.numel() for t in (out if isinstance(out, tuple) else (out,)) if isinstance(t, Tensor))
+
+
+class _Executed(_Counter):
+    """Floating-point operations, without the hooks of ``flops`` itself."""
+
+    def count_of(self, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> int:
+        return int(self.registry[func._overloadpacket](*args, **kwargs, out_val=out))
 
 
 def own_image_size(model: nn.Module) -> tuple[int, int] | None:

@@ -429,6 +429,7 @@ def test_macs(capsys: pytest.CaptureFixture[str]) -> None:
     assert [row["image_size"] for row in rows] == [[224, 224], [384, 384]]
     assert [row["published_macs_g"] for row in rows] == [1.1, 17.1]
     assert rows[0]["macs_deviation_percent"] == 4.26
+    assert all(0.9 * row["macs"] < row["executed"] < row["macs"] for row in rows)
     code, out, _ = run(capsys, "macs", "t2t_vit_7", "--img-size", "64", "96", "--json")
     assert json.loads(out)[0]["image_size"] == [64, 96]
     assert json.loads(out)[0]["macs_deviation_percent"] is None

@@ -93,7 +93,7 @@ def test_heads_and_pools(name: str) -> None:
     assert model.head_hidden_size == width
     tokens = model.forward_features(images)
     assert tokens.shape == (2, 1 + 4, width)
-    assert torch.equal(model.forward_head(tokens), model(images))
+    torch.testing.assert_close(model.forward_head(tokens), model(images))  # of one token, in other matmuls
     assert torch.equal(model.forward_head(tokens, pre_logits=True), tokens[:, 0])
     for pool, want in (("token", tokens[:, 0]), ("avg", tokens[:, 1:].mean(dim=1)), ("", tokens)):
         model.reset_classifier(0, pool)

@@ -11,13 +11,15 @@ from torch.types import Device
 
 from ..checks import as_integer, check_real, factory_options
 from ..dispatch import Decision, is_explaining, tell
-from ..ops import attention
+from ..ops import attention, linear
 from ..ops.softmax_attention.reference import scores, weigh
 from .mlp import apply_linear
-from .plain import dropout_rate, is_watched
+from .packed_linear import PackedLinear
+from .plain import class_of, dropout_rate, is_plain_weight, is_watched
 from .se import SELayer
 
 torch.fx.wrap("attention")
+torch.fx.wrap("linear")
 torch.fx.wrap("scores")
 torch.fx.wrap("weigh")
 
@@ -73,13 +75,21 @@ class Attention(nn.Module):
         gated = type(self) is Attention and type(self.se_layer) is SELayer and not is_watched(self.se_layer)
         return gated and dropout_rate(self.proj_drop) == 0
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, branch_scale: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        branch_scale: Tensor | None = None,
+        num_tokens: int | None = None,
+    ) -> Tensor:
         """``proj(attention(qkv(x)))`` and the gate if there is one: (B, N, C) to (B, N, C).
 
         ``residual`` and ``branch_scale``, where the module ``adds_residual``, are as for :func:`t2t_fast.ops.se_gate`.
+        With ``num_tokens``, the first so many tokens of the result, (B, num_tokens, C), and no residual.
         """
-        # Chunks before heads: their gradients are put together where the projection's backward reads them.
-        q, k, v = apply_linear(x, self.qkv, self.backend).chunk(3, dim=-1)
+        if num_tokens is not None and class_of(self.se_layer) is not nn.Identity:  # a gate needs all
+            return self.forward(x)[:, :num_tokens]
+        q, k, v = self._project(x, num_tokens)
         q, k, v = self._split_heads(q), self._split_heads(k), self._split_heads(v)
         y = attend(q, k, v, self.scale, self.attn_drop, self.fused_attn, self.backend)
         y = apply_linear(y.transpose(1, 2).flatten(2), self.proj, self.backend)
@@ -87,15 +97,33 @@ class Attention(nn.Module):
             return self.se_layer(y, residual, branch_scale)
         return self.proj_drop(self.se_layer(y))
 
+    def _project(self, x: Tensor, num_tokens: int | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of the first ``num_tokens`` tokens or of all, keys and values of all: (B, tokens, C) each."""
+        qkv: Any = self.qkv
+        kind = None if num_tokens is None or is_watched(qkv) else class_of(qkv)
+        if kind in (nn.Linear, PackedLinear) and is_plain_weight(qkv.weight):
+            width, first = x.shape[-1], x[:, :num_tokens]
+            if kind is PackedLinear:
+                q, kv = qkv(first, (0, width)), qkv(x, (width, 3 * width))
+            else:
+                q_weight, kv_weight = qkv.weight.split((width, 2 * width))
+                q_bias, kv_bias = (None, None) if qkv.bias is None else qkv.bias.split((width, 2 * width))
+                q = linear(first, q_weight, q_bias, backend=self.backend)
+                kv = linear(x, kv_weight, kv_bias, backend=self.backend)
+            return q, *kv.chunk(2, dim=-1)
+        # Chunks before heads: their gradients are put together where the projection's backward reads them.
+        q, k, v = apply_linear(x, qkv, self.backend).chunk(3, dim=-1)
+        return q if num_tokens is None else q[:, :num_tokens], k, v
+
     def _split_heads(self, x: Tensor) -> Tensor:
         """(B, N, C) to (B, heads, N, C / heads)."""
         return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, drop: Any, fused: bool, backend: str) -> Tensor:
-    """``drop(softmax(scale q kᵀ)) v``, (B, heads, N, D), through :func:`t2t_fast.ops.attention` where possible.
+    """``drop(softmax(scale q kᵀ)) v``, (B, heads, M, D), through :func:`t2t_fast.ops.attention` where possible.
 
-    ``drop`` is called with the attention weights (B, heads, N, N), float32 or better, if it is hooked or replaced, and
+    ``drop`` is called with the attention weights (B, heads, M, N), float32 or better, if it is hooked or replaced, and
     if timm's fused attention is off, now (``set_fused_attn(False)``) or when the layer was made (``fused`` is false).
     """
     rate = dropout_rate(drop)

@@ -18,10 +18,19 @@ from .block_weights import weights_for
 from .branch import add_and_norm, adds_residual, drop_path_scale, run_branch
 from .ghost import GhostAttention, GhostMlp
 from .mlp import Mlp, apply_linear, apply_norm
-from .plain import are_plain
+from .packed_linear import PackedLinear
+from .plain import are_plain, class_of
 from .se import SEMlp
 
 torch.fx.wrap("linear")
+
+# What the block's parts are where the first tokens of its result need, past the attention, those tokens alone.
+_PER_TOKEN: dict[str, tuple[type[nn.Module], ...]] = {
+    "attn": (Attention, GhostAttention),
+    "drop_path": (nn.Identity, DropPath),
+    "norm2": (nn.LayerNorm,),
+    "mlp": (Mlp, GhostMlp),
+}
 
 BLOCK_TYPES = ("standard", "se", "se_mlp", "ghost", "dense")
 
@@ -95,22 +104,36 @@ class Block(nn.Module):
         else:
             self.mlp = Mlp(dim, hidden_dim, drop, backend, **options)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``x = x + drop_path(attn(norm1(x)))``, then ``x + drop_path(mlp(norm2(x)))``: (B, N, C) to (B, N, C)."""
-        weights = weights_for(self, x)
+    def forward(self, x: Tensor, num_tokens: int | None = None) -> Tensor:
+        """``x = x + drop_path(attn(norm1(x)))``, then ``x + drop_path(mlp(norm2(x)))``: (B, N, C) to (B, N, C).
+
+        With ``num_tokens``, the first so many tokens of the result, (B, num_tokens, C), for whose sake the others are
+        computed only as far as these need them.
+        """
+        weights = weights_for(self, x, num_tokens)
         if weights is not None:  # an unmodified block: the same formula, checking once instead of op by op
             drop_path: Any = self._modules["drop_path"]
             if not drop_path.training:
-                return whole_block(x, weights)
-            return whole_block(x, weights, (drop_path_scale(drop_path, x), drop_path_scale(drop_path, x)))
+                return whole_block(x, weights, num_tokens=num_tokens)
+            return whole_block(x, weights, (drop_path_scale(drop_path, x), drop_path_scale(drop_path, x)), num_tokens)
+        if num_tokens is not None and not self._works_per_token():
+            return Block.forward(self, x)[:, :num_tokens]
         y = apply_norm(x, self.norm1)
         if adds_residual(self.attn, self.drop_path):  # with a gate, in whose pass the sum is free
-            x = run_branch(x, y, self.attn, self.drop_path)
+            x = _first(run_branch(x, y, self.attn, self.drop_path), num_tokens)
             y = apply_norm(x, self.norm2)
         else:
             backend = getattr(self.attn, "backend", "auto")
-            x, y = add_and_norm(x, self.attn(y), self.norm2, self.drop_path, backend)
+            y = self.attn(y) if num_tokens is None else self.attn(y, num_tokens=num_tokens)
+            x, y = add_and_norm(_first(x, num_tokens), y, self.norm2, self.drop_path, backend)
         return run_branch(x, y, self.mlp, self.drop_path)
+
+    def _works_per_token(self) -> bool:
+        return all(class_of(getattr(self, name)) in kinds for name, kinds in _PER_TOKEN.items())
+
+
+def _first(x: Tensor, num_tokens: int | None) -> Tensor:
+    return x if num_tokens is None else x[:, :num_tokens]
 
 
 class DenseBlock(Block):
@@ -121,9 +144,14 @@ class DenseBlock(Block):
         self.dense_linear = nn.Linear(dim, growth_rate, **factory_options(kwargs.get("device"), kwargs.get("dtype")))
         self.backend = str(kwargs.get("backend", "auto"))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, C) to (B, N, C + growth_rate)."""
-        return torch.cat((x, apply_linear(super().forward(x), self.dense_linear, self.backend)), dim=-1)
+    def forward(self, x: Tensor, num_tokens: int | None = None) -> Tensor:
+        """(B, N, C) to (B, N, C + growth_rate); ``num_tokens`` as for :class:`Block`."""
+        if num_tokens is None or class_of(self.dense_linear) not in (nn.Linear, PackedLinear):
+            y = super().forward(x)
+        else:
+            y = super().forward(x, num_tokens)
+        y = apply_linear(y, self.dense_linear, self.backend)
+        return torch.cat((_first(x, num_tokens), _first(y, num_tokens)), dim=-1)
 
 
 class Transition(nn.Module):

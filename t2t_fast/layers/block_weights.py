@@ -35,8 +35,8 @@ _ATTENTION = frozenset(("qkv", "attn_drop", "proj", "se_layer", "proj_drop"))
 _MLP = frozenset(("fc1", "act", "drop1", "norm", "fc2", "drop2"))
 
 
-def weights_for(block: Any, x: Any) -> BlockWeights | None:
-    """What :func:`whole_block` needs for ``block``, or None if the block must run op by op.
+def weights_for(block: Any, x: Any, num_tokens: int | None = None) -> BlockWeights | None:
+    """What :func:`whole_block` needs for ``block`` and ``num_tokens``, or None if the block must run op by op.
 
     It must under torch.compile, tracing, torch.func and CPU autocast, with :func:`t2t_fast.explain`, another backend,
     another design, dropout, or parts that were replaced, hooked or patched; and on a GPU, where the tokens are so many
@@ -62,14 +62,38 @@ def weights_for(block: Any, x: Any) -> BlockWeights | None:
     weights = [linear._buffers if packed else linear._parameters for linear in linears]
     if not _are_alike(x, weights, norms) or why_not_auto_add_layer_norm(x, x) is None:
         return None
+    query = None
     if packed and packs(x):
-        onednn = [linear.packed(x.dtype) for linear in linears]
+        if num_tokens is None:
+            qkv = _packed_rows(linears[0], x)
+        else:
+            width = x.shape[-1]
+            query, qkv = _packed_rows(linears[0], x, (0, width)), _packed_rows(linears[0], x, (width, 3 * width))
+        proj, fc1, fc2 = [_packed_rows(linear, x) for linear in linears[1:]]
     else:
-        onednn = [w["weight"] for w in weights] if uses_onednn(x) else [None] * 4
-    qkv, proj, fc1, fc2 = [LinearWeights(w["weight"], w["bias"], o) for w, o in zip(weights, onednn, strict=True)]
+        onednn = uses_onednn(x)
+        qkv, proj, fc1, fc2 = [_linear_weights(w["weight"], w["bias"], onednn) for w in weights]
+        if num_tokens is not None:
+            sizes = x.shape[-1], 2 * x.shape[-1]
+            parts = qkv.weight.split(sizes), (None, None) if qkv.bias is None else qkv.bias.split(sizes)
+            query, qkv = [_linear_weights(weight, bias, onednn) for weight, bias in zip(*parts, strict=True)]
     norm1, norm2 = _norm_of(norms[0], x), _norm_of(norms[1], x)
     native = resolve_backend(attn.backend) == "auto"
-    return BlockWeights(norm1, qkv, proj, norm2, fc1, fc2, attn.num_heads, attn.head_dim, attn.scale, native)
+    heads = attn.num_heads, attn.head_dim
+    return BlockWeights(norm1, query, qkv, proj, norm2, fc1, fc2, *heads, attn.scale, native)
+
+
+def _linear_weights(weight: Tensor, bias: Tensor | None, onednn: bool) -> LinearWeights:
+    return LinearWeights(weight, bias, weight if onednn else None)
+
+
+def _packed_rows(linear: PackedLinear, x: Tensor, rows: tuple[int, int] | None = None) -> LinearWeights:
+    """Weights packed for the dtype of ``x``; of all outputs, or of those from ``rows[0]`` to ``rows[1]``."""
+    weight, bias = linear._buffers["weight"], linear._buffers["bias"]
+    assert weight is not None
+    if rows is not None:
+        weight, bias = weight[slice(*rows)], None if bias is None else bias[slice(*rows)]
+    return LinearWeights(weight, bias, linear.packed(x.dtype, rows))
 
 
 def _are_standard(attn: Any, mlp: Any) -> bool:

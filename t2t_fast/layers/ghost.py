@@ -69,9 +69,9 @@ class GhostAttention(nn.Module):
         x = torch.cat((x, cheap(x)), dim=-1)
         return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, C) to (B, N, C)."""
-        q = self._heads(x, self.q, self.cheap_operation_q)
+    def forward(self, x: Tensor, num_tokens: int | None = None) -> Tensor:
+        """(B, N, C) to (B, N, C); with ``num_tokens``, to the first so many tokens of the result."""
+        q = self._heads(x if num_tokens is None else x[:, :num_tokens], self.q, self.cheap_operation_q)
         k = self._heads(x, self.k, self.cheap_operation_k)
         v = self._heads(x, self.v, self.cheap_operation_v)
         y = attend(q, k, v, self.scale, self.attn_drop, self.fused_attn, self.backend)

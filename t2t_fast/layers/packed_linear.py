@@ -39,35 +39,44 @@ class PackedLinear(nn.Module):
         with torch.inference_mode(False):  # tensors made in that mode do not tell when they are written to
             self.register_buffer("weight", source.weight.detach().clone())
             self.register_buffer("bias", None if source.bias is None else source.bias.detach().clone())
-        self._packed: dict[
-            torch.dtype, tuple[Any, int, int, Any]
-        ] = {}  # the weight, its state then, and its packed form
+        # By dtype and rows: the weight, its state then, and its packed form.
+        self._packed: dict[tuple[torch.dtype, tuple[int, int] | None], tuple[Any, int, int, Any]] = {}
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, in_features) or (B, in_features) to the same with out_features."""
-        if not is_plain_weight(self.weight):  # quantised since
-            y = F.linear(x, self.weight, self.bias)
+    def forward(self, x: Tensor, rows: tuple[int, int] | None = None) -> Tensor:
+        """(B, N, in_features) or (B, in_features) to the same with out_features, or those from ``rows[0]`` to ``[1]``.
+
+        ``rows`` are for plain weights.
+        """
+        weight, bias = self.weight, self.bias
+        if not is_plain_weight(weight):  # quantised since
+            y = F.linear(x, weight, bias)
             return F.gelu(y) if self.gelu else y
-        if resolve_backend(self.backend) not in ("auto", "aten") or why_not_packed(x, self.weight):
+        if rows is not None:
+            weight, bias = weight[slice(*rows)], None if bias is None else bias[slice(*rows)]
+        if resolve_backend(self.backend) not in ("auto", "aten") or why_not_packed(x, weight):
             if x.dim() == 3:
-                return linear(x, self.weight, self.bias, gelu=self.gelu, backend=self.backend)
-            return linear(x.unsqueeze(1), self.weight, self.bias, gelu=self.gelu, backend=self.backend).squeeze(1)
+                return linear(x, weight, bias, gelu=self.gelu, backend=self.backend)
+            return linear(x.unsqueeze(1), weight, bias, gelu=self.gelu, backend=self.backend).squeeze(1)
         if is_explaining():
             tell(Decision("linear", "aten", {}, detail="oneDNN, packed weights"))
         dtype = product_dtype(x)  # autocast's, too
-        bias = None if self.bias is None else self.bias.to(dtype)
-        return multiply_packed(x.to(dtype), self.packed(dtype), bias, self.gelu)
+        bias = None if bias is None else bias.to(dtype)
+        return multiply_packed(x.to(dtype), self.packed(dtype, rows), bias, self.gelu)
 
-    def packed(self, dtype: torch.dtype) -> Tensor:
-        """The weight as it is now, for it may be moved, cast or loaded at any time, packed for ``dtype``."""
+    def packed(self, dtype: torch.dtype, rows: tuple[int, int] | None = None) -> Tensor:
+        """The weight as it is now, for it may be moved, cast or loaded at any time, packed for ``dtype``.
+
+        Of all outputs, or of those from ``rows[0]`` to ``rows[1]``.
+        """
         weight: Any = self._buffers.get("weight")
         if weight is None:  # a Parameter since
             weight = self.weight
-        source, version, address, packed = self._packed.get(dtype, _NEVER)
+        source, version, address, packed = self._packed.get((dtype, rows), _NEVER)
         if source is not weight or version != weight._version or address != weight.data_ptr():
-            packed = pack(weight.to(dtype))  # another thread may do the same: both are right
+            part = weight if rows is None else weight[slice(*rows)]
+            packed = pack(part.to(dtype))  # another thread may do the same: both are right
             if not weight.is_inference():  # which does not tell when it is written to
-                self._packed[dtype] = weight, weight._version, weight.data_ptr(), packed
+                self._packed[dtype, rows] = weight, weight._version, weight.data_ptr(), packed
         return packed
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedLinear:

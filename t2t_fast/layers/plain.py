@@ -66,6 +66,12 @@ def dropout_rate(module: Any) -> float | None:
     return module.p if type(module) is nn.Dropout and module.training else 0.0
 
 
+def class_of(module: Any) -> type[Any]:
+    """The class of ``module``. As ``torch.export`` traces, each module poses as one of a subclass."""
+    kind = type(module)
+    return type(module.get_base()) if torch.compiler.is_exporting() and hasattr(kind, "get_base") else kind
+
+
 def is_watched(*modules: Any) -> bool:
     """Whether a hook, of a module's own or of all, sees what goes into one of them or what comes out, in any direction.
 

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torch.types import Device
 
 from ..checks import LARGEST, as_pair, check_count, check_flag, check_probability, factory_options
-from ..dispatch import check_backend, resolve_backend, use_backend
+from ..dispatch import check_backend, is_explaining, note, resolve_backend, use_backend
 from ..layers import Block, TokensToToken
 from ..numerics import compute_dtype
 from .adapt import adapt_state_dict
 from .architecture import check_entries
 from .checkpoints import grid_of_config, load_checkpoint, log_notes
+from .cls_alone import may_run_cls_alone, why_not_cls_alone
 from .containers import find_weights
 from .layouts import to_official
 from .pos_embed import TableCache, resize_table, sinusoid_table, table_for_grid
@@ -299,13 +300,13 @@ class T2TViT(nn.Module):
         table = table_for_grid(self.pos_embed, self.grid_size, grid, self.dynamic_img_size, self._tables)
         return self.pos_drop(tokens + table)
 
-    def _run_block(self, block: nn.Module, x: Tensor) -> Tensor:
+    def _run_block(self, block: nn.Module, x: Tensor, *num_tokens: int) -> Tensor:
         if self.grad_checkpointing and torch.is_grad_enabled() and not torch.jit.is_scripting():
             if torch.compiler.is_compiling():  # the backend is chosen while the graph is traced
-                return checkpoint(block, x)
+                return checkpoint(block, x, *num_tokens)
             # Backward recomputes the block, outside of a use_backend context that is active now.
-            return checkpoint(partial(_run_with_backend, resolve_backend(), block), x)
-        return block(x)
+            return checkpoint(partial(_run_with_backend, resolve_backend(), block), x, *num_tokens)
+        return block(x, *num_tokens)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) to normalised tokens (B, 1 + h*w, num_features), cls token first."""
@@ -323,8 +324,21 @@ class T2TViT(nn.Module):
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (B, in_chans, H, W) to logits (B, num_classes)."""
-        return self.forward_head(self.forward_features(x))
+        """Images (B, in_chans, H, W) to logits (B, num_classes).
+
+        The logits may need one token of the last block: then it computes the others as far as this one needs them.
+        """
+        if not may_run_cls_alone(self, _METHODS, x):
+            return self.forward_head(self.forward_features(x))
+        x = self._embed(x)
+        for i in range(len(self.blocks) - 1):
+            x = self._run_block(self.blocks[i], x)
+        last = self.blocks[-1]
+        reason = why_not_cls_alone(self, last, x)
+        if is_explaining():
+            note(f"last block: {'for the cls token alone' if reason is None else f'for all tokens: {reason}'}")
+        x = self._run_block(last, x, *(() if reason else (1,)))
+        return self.forward_head(self.norm(x))
 
     def forward_intermediates(
         self,
@@ -394,6 +408,10 @@ class T2TViT(nn.Module):
         return take_indices
 
 
+# Of the class as it was written: whoever overrides or replaces one of them gets it called.
+_METHODS = {name: getattr(T2TViT, name) for name in ("_embed", "_run_block", "forward_features", "forward_head")}
+
+
 def _check_global_pool(global_pool: str) -> str:
     if not isinstance(global_pool, str):
         raise TypeError(f"global_pool must be a str, got {global_pool!r}")
@@ -442,9 +460,9 @@ def _init_linear(linear: nn.Linear) -> None:
         nn.init.zeros_(linear.bias)
 
 
-def _run_with_backend(backend: str, block: nn.Module, x: Tensor) -> Tensor:
+def _run_with_backend(backend: str, block: nn.Module, x: Tensor, *num_tokens: int) -> Tensor:
     with use_backend(backend):
-        return block(x)
+        return block(x, *num_tokens)
 
 
 def _record_grid(module: nn.Module, state_dict: Any, prefix: str, local_metadata: dict[str, Any]) -> None:

@@ -27,9 +27,13 @@ class LinearWeights(NamedTuple):
 
 
 class BlockWeights(NamedTuple):
-    """What a standard block computes with."""
+    """What a standard block computes with.
+
+    Where queries are wanted of some tokens only, ``qkv`` is in two parts: ``query``, and ``qkv`` with the other rows.
+    """
 
     norm1: Norm
+    query: LinearWeights | None
     qkv: LinearWeights
     proj: LinearWeights
     norm2: Norm
@@ -41,31 +45,44 @@ class BlockWeights(NamedTuple):
     native: bool  # whether the extension may be used
 
 
-def whole_block(x: Tensor, block: BlockWeights, scales: tuple[Tensor | None, Tensor | None] = (None, None)) -> Tensor:
+def whole_block(
+    x: Tensor,
+    block: BlockWeights,
+    scales: tuple[Tensor | None, Tensor | None] = (None, None),
+    num_tokens: int | None = None,
+) -> Tensor:
     """``x = x + scales[0] proj(attention(qkv(norm1(x))))``, then ``x + scales[1] fc2(gelu(fc1(norm2(x))))`` (§3.2).
 
     Args:
         x: Tokens (B, N, C), not empty, in the dtype and on the device of the weights.
         block: The weights.
         scales: Factors per image (B,) of the two branches, or None: stochastic depth's.
+        num_tokens: Compute the first so many tokens of the result alone; ``block`` then has a ``query``.
 
     Returns:
-        (B, N, C).
+        (B, N, C), or (B, num_tokens, C).
     """
-    x = _add(_multiply(_attend(x, block), block.proj), x, scales[0])
+    y = _multiply(_attend(x, block, num_tokens), block.proj)
+    x = _add(y, x if num_tokens is None else x[:, :num_tokens], scales[0])
     hidden = _multiply(_normalize(x, block.norm2), block.fc1, gelu=True)
     return _add(_multiply(hidden, block.fc2), x, scales[1])
 
 
-def _attend(x: Tensor, block: BlockWeights) -> Tensor:
+def _attend(x: Tensor, block: BlockWeights, num_tokens: int | None) -> Tensor:
     """``attention(qkv(norm1(x)))``; a function of its own, so that q, k and v are freed before the MLP runs."""
-    batch, tokens, _ = x.shape
-    qkv = _multiply(_normalize(x, block.norm1), block.qkv)
-    q, k, v = qkv.view(batch, tokens, 3, block.num_heads, block.head_dim).unbind(2)
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    x = _normalize(x, block.norm1)
+    parts = _heads(_multiply(x, block.qkv), block)
+    if block.query is not None:
+        parts = *_heads(_multiply(x[:, :num_tokens], block.query), block), *parts
+    q, k, v = (t.transpose(1, 2) for t in parts)
     attend = native.attend if block.native and native.attends(q, k) else aten.attend
     y = attend(q, k, v, block.scale)
     return y.transpose(1, 2).flatten(2)
+
+
+def _heads(x: Tensor, block: BlockWeights) -> tuple[Tensor, ...]:
+    """(B, N, n C) to n tensors (B, N, heads, C / heads)."""
+    return x.view(*x.shape[:2], -1, block.num_heads, block.head_dim).unbind(2)
 
 
 def _normalize(x: Tensor, norm: Norm) -> Tensor:

@@ -1,4 +1,4 @@
-"""Softmax attention through ``scaled_dot_product_attention``: the N x N matrix is never stored.
+"""Softmax attention through ``scaled_dot_product_attention``: the M x N matrix is never stored.
 
 In bfloat16 on a CPU it is two matmuls and a softmax over blocks of scores that stay in the cache, and five matmuls in
 backward, where the scores are computed again: there the library's fused kernel is no faster than in float32.
@@ -28,8 +28,8 @@ _FEW = 1 << 15  # scores below which the library's kernel is faster
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float) -> Tensor:
-    """(B, heads, N, D) each; returns the same shape."""
-    if dropout_p == 0 and _in_blocks(q):
+    """Queries (B, heads, M, D), keys and values (B, heads, N, D); returns the shape of the queries."""
+    if dropout_p == 0 and _in_blocks(q, k):
         dtype = product_dtype(q)
         with no_autocast(q):
             q, k, v = (t.to(dtype) for t in (q, k, v))
@@ -43,7 +43,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float) -
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """:func:`attention` without dropout, eagerly, for plain tensors of one dtype outside autocast."""
     differentiate = wants_gradient(q, k, v)
-    if q.dtype == torch.bfloat16 and q.device.type == "cpu" and _are_many(q):
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu" and _are_many(q, k):
         return _Blocks.apply(q, k, v, scale) if differentiate else _by_blocks(q, k, v, scale)
     y = F.scaled_dot_product_attention(q, k, v, scale=scale)
     return _TwiceDifferentiable.apply(y, q, k, v, scale) if differentiate else y
@@ -82,31 +82,31 @@ def _differentiable_gradients(grad: Tensor, scale: float, q: Tensor, k: Tensor, 
     return dq, dk, dv, None
 
 
-def _in_blocks(q: Tensor) -> bool:
+def _in_blocks(q: Tensor, k: Tensor) -> bool:
     if torch.compiler.is_compiling() or is_transformed():
         return False  # the number of blocks must not enter a graph
-    return q.device.type == "cpu" and product_dtype(q) == torch.bfloat16 and _are_many(q)
+    return q.device.type == "cpu" and product_dtype(q) == torch.bfloat16 and _are_many(q, k)
 
 
-def _are_many(q: Tensor) -> bool:
-    batch, heads, tokens, _ = q.shape
-    return batch * heads * tokens * tokens >= _FEW
+def _are_many(q: Tensor, k: Tensor) -> bool:
+    batch, heads, queries, _ = q.shape
+    return batch * heads * queries * k.shape[2] >= _FEW
 
 
-def _extent(q: Tensor) -> tuple[int, int]:
+def _extent(q: Tensor, k: Tensor) -> tuple[int, int]:
     """Images in a group, and rows of queries in a block."""
-    batch, heads, tokens, _ = q.shape
-    images = max(1, min(batch, _BLOCK // max(1, heads * tokens * tokens)))
-    return images, max(1, min(tokens, _BLOCK // max(1, images * heads * tokens)))
+    (batch, heads, queries, _), tokens = q.shape, k.shape[2]
+    images = max(1, min(batch, _BLOCK // max(1, heads * queries * tokens)))
+    return images, max(1, min(queries, _BLOCK // max(1, images * heads * tokens)))
 
 
 def _empty_like(q: Tensor) -> Tensor:
-    """(B, heads, N, D) with a token's channels together, as the projections around the attention want them."""
+    """As ``q``, with a token's channels together, as the projections around the attention want them."""
     return torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
 
 
 def _by_blocks(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    (batch, heads, tokens, _), (images, rows) = q.shape, _extent(q)
+    (batch, heads, tokens, _), (images, rows) = k.shape, _extent(q, k)
     out = _empty_like(q)
     block = [q.new_empty(images * heads, rows, tokens) for _ in range(2)]
     for first in range(0, batch, images):
@@ -143,14 +143,14 @@ class _Blocks(torch.autograd.Function):
 def _backward_by_blocks(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    (batch, heads, tokens, _), (images, rows) = q.shape, _extent(q)
-    dq, dk, dv = (_empty_like(q) for _ in range(3))
+    (batch, heads, tokens, _), (images, rows) = k.shape, _extent(q, k)
+    dq, dk, dv = (_empty_like(t) for t in (q, k, v))
     block = [q.new_empty(images * heads, rows, tokens) for _ in range(2)]
     for first in range(0, batch, images):
         group = slice(first, first + images)
         keys, values = k[group].flatten(0, 1), v[group].flatten(0, 1)
         d_keys, d_values = (q.new_zeros(keys.shape, dtype=torch.float32) for _ in range(2))
-        for start in range(0, tokens, rows):
+        for start in range(0, q.shape[2], rows):
             queries, d_out, target, result = (t[group, :, start : start + rows] for t in (q, grad, dq, out))
             along = (d_out.float() * result).sum(-1, keepdim=True).flatten(0, 1)  # the mean of dP under P
             queries, d_out = queries.flatten(0, 1), d_out.flatten(0, 1)

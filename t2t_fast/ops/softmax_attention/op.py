@@ -24,7 +24,7 @@ def attention(
     """``dropout(softmax(scale q kᵀ)) v`` (paper §3.2).
 
     Args:
-        q: Queries (B, heads, N, D).
+        q: Queries (B, heads, M, D), of all tokens or of some.
         k: Keys (B, heads, N, D).
         v: Values (B, heads, N, D).
         scale: Factor on the scores: a multiplier, usually ``D**-0.5``.
@@ -32,7 +32,7 @@ def attention(
         backend: See :mod:`t2t_fast.ops`.
 
     Returns:
-        (B, heads, N, D).
+        (B, heads, M, D).
 
     Raises:
         TypeError: An argument has the wrong type or dtype.
@@ -40,8 +40,9 @@ def attention(
         BackendUnavailable: ``backend`` names one that cannot run here.
     """
     check_tensor("q", q, 4)
-    check_shape("k", k, q.shape, "the shape of q")
-    check_shape("v", v, q.shape, "the shape of q")
+    check_tensor("k", k, 4)
+    check_shape("k", k, (*q.shape[:2], k.shape[2], q.shape[3]), "that of q, but for the number of tokens,")
+    check_shape("v", v, k.shape, "the shape of k")
     check_alike("q", q, ("k", k), ("v", v))
     check_probability("dropout_p", dropout_p)
     return _ATTENTION(backend, q, k, v, check_real("scale", scale), dropout_p)

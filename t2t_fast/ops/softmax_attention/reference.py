@@ -1,4 +1,4 @@
-"""Softmax attention, the N x N matrix written out (paper §3.1 and §3.2)."""
+"""Softmax attention, the M x N matrix written out (paper §3.1 and §3.2)."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from ...numerics import compute_dtype, no_autocast, product_dtype
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float) -> Tensor:
-    """``dropout(softmax(scale q kᵀ)) v`` for (B, heads, N, D) each, computed in float32 or better."""
+    """``dropout(softmax(scale q kᵀ)) v``, (B, heads, M, D), computed in float32 or better."""
     return weigh(F.dropout(scores(q, k, scale).softmax(dim=-1), dropout_p), v)
 
 
 def scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """``scale q kᵀ`` (B, heads, N, N) in float32 or better, so that its softmax is."""
+    """``scale q kᵀ`` (B, heads, M, N) in float32 or better, so that its softmax is."""
     dtype = compute_dtype(q, k)
     with no_autocast(q):
         return (q.to(dtype) @ k.to(dtype).transpose(-2, -1)) * scale
