@@ -21,6 +21,7 @@ from ..ops.block.aten import packs, uses_onednn
 from ..ops.block.triton import why_not_auto_add_layer_norm
 from ..ops.block.whole import BlockWeights, LinearWeights
 from ..ops.common.autograd import runs_eagerly
+from ..ops.common.extension import multiplies
 from ..ops.common.norm import Norm
 from .attention import Attention
 from .mlp import Mlp
@@ -45,7 +46,10 @@ def weights_for(block: Any, x: Any, num_tokens: int | None = None) -> BlockWeigh
     if not runs_eagerly(x) or is_explaining() or not use_fused_attn():
         return None
     parts, attn, mlp = block._modules, block._modules.get("attn"), block._modules.get("mlp")
-    if not _are_standard(attn, mlp) or not _have_parts(block, attn, mlp):
+    if not _are_standard(attn, mlp):
+        return None
+    backend = resolve_backend(attn.backend)
+    if backend not in ("auto", "aten") or not _have_parts(block, attn, mlp):
         return None
     attn_parts, mlp_parts = attn._modules, mlp._modules
     norms, drop_path = (parts["norm1"], parts["norm2"]), parts["drop_path"]
@@ -62,42 +66,36 @@ def weights_for(block: Any, x: Any, num_tokens: int | None = None) -> BlockWeigh
     weights = [linear._buffers if packed else linear._parameters for linear in linears]
     if not _are_alike(x, weights, norms) or why_not_auto_add_layer_norm(x, x) is None:
         return None
-    query = None
-    if packed and packs(x):
-        if num_tokens is None:
-            qkv = _packed_rows(linears[0], x)
-        else:
-            width = x.shape[-1]
-            query, qkv = _packed_rows(linears[0], x, (0, width)), _packed_rows(linears[0], x, (width, 3 * width))
-        proj, fc1, fc2 = [_packed_rows(linear, x) for linear in linears[1:]]
+    packed = packed and packs(x)
+    if packed:
+        onednn = [linear.packed(x.dtype) for linear in linears]
     else:
-        onednn = uses_onednn(x)
-        qkv, proj, fc1, fc2 = [_linear_weights(w["weight"], w["bias"], onednn) for w in weights]
-        if num_tokens is not None:
-            sizes = x.shape[-1], 2 * x.shape[-1]
-            parts = qkv.weight.split(sizes), (None, None) if qkv.bias is None else qkv.bias.split(sizes)
-            query, qkv = [_linear_weights(weight, bias, onednn) for weight, bias in zip(*parts, strict=True)]
+        onednn = [w["weight"] for w in weights] if uses_onednn(x) else [None] * 4
+    qkv, proj, fc1, fc2 = [LinearWeights(w["weight"], w["bias"], o) for w, o in zip(weights, onednn, strict=True)]
+    query = None
+    if num_tokens is not None:
+        query, qkv = _in_parts(qkv, linears[0] if packed else None, x)
     norm1, norm2 = _norm_of(norms[0], x), _norm_of(norms[1], x)
-    native = resolve_backend(attn.backend) == "auto"
+    native = backend == "auto" and multiplies(x.device.type, x.dtype)
     heads = attn.num_heads, attn.head_dim
     return BlockWeights(norm1, query, qkv, proj, norm2, fc1, fc2, *heads, attn.scale, native)
 
 
-def _linear_weights(weight: Tensor, bias: Tensor | None, onednn: bool) -> LinearWeights:
-    return LinearWeights(weight, bias, weight if onednn else None)
-
-
-def _packed_rows(linear: PackedLinear, x: Tensor, rows: tuple[int, int] | None = None) -> LinearWeights:
-    """Weights packed for the dtype of ``x``; of all outputs, or of those from ``rows[0]`` to ``rows[1]``."""
-    weight, bias = linear._buffers["weight"], linear._buffers["bias"]
-    assert weight is not None
-    if rows is not None:
-        weight, bias = weight[slice(*rows)], None if bias is None else bias[slice(*rows)]
-    return LinearWeights(weight, bias, linear.packed(x.dtype, rows))
+def _in_parts(qkv: LinearWeights, packed: PackedLinear | None, x: Tensor) -> tuple[LinearWeights, LinearWeights]:
+    """The Linear of the queries, and that of keys and values; packed if ``qkv`` is ``packed``."""
+    width = x.shape[-1]
+    weights = qkv.weight.split((width, 2 * width))
+    biases = (None, None) if qkv.bias is None else qkv.bias.split((width, 2 * width))
+    if packed is not None:
+        onednn = packed.packed(x.dtype, (0, width)), packed.packed(x.dtype, (width, 3 * width))
+    else:
+        onednn = weights if qkv.onednn is not None else (None, None)
+    query, rest = [LinearWeights(*part) for part in zip(weights, biases, onednn, strict=True)]
+    return query, rest
 
 
 def _are_standard(attn: Any, mlp: Any) -> bool:
-    """Whether these are the branches that :func:`whole_block` knows, for its backend."""
+    """Whether these are the branches that :func:`whole_block` knows, with one backend."""
     return (
         type(attn) is Attention
         and type(mlp) is Mlp
@@ -105,7 +103,6 @@ def _are_standard(attn: Any, mlp: Any) -> bool:
         and attn.fused_attn
         and type(attn.scale) is float
         and mlp.backend == attn.backend
-        and resolve_backend(attn.backend) in ("auto", "aten")
     )
 
 

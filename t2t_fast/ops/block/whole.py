@@ -42,7 +42,7 @@ class BlockWeights(NamedTuple):
     num_heads: int
     head_dim: int
     scale: float
-    native: bool  # whether the extension may be used
+    native: bool  # whether the extension may multiply
 
 
 def whole_block(
@@ -74,8 +74,9 @@ def _attend(x: Tensor, block: BlockWeights, num_tokens: int | None) -> Tensor:
     parts = _heads(_multiply(x, block.qkv), block)
     if block.query is not None:
         parts = *_heads(_multiply(x[:, :num_tokens], block.query), block), *parts
-    q, k, v = (t.transpose(1, 2) for t in parts)
-    attend = native.attend if block.native and native.attends(q, k) else aten.attend
+    q, k, v = parts
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    attend = native.attend if block.native and native.are_many(q, k) else aten.attend
     y = attend(q, k, v, block.scale)
     return y.transpose(1, 2).flatten(2)
 

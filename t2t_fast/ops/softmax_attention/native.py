@@ -29,14 +29,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float) -
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """:func:`attention` for tensors of one dtype outside autocast, where :func:`attends` is true."""
+    """:func:`attention` for tensors of one dtype outside autocast."""
     output, _ = torch.ops.t2t_fast.attention(q, k, v, scale, wants_gradient(q, k, v))
     return output
-
-
-def attends(q: Tensor, k: Tensor) -> bool:
-    """:func:`why_not_attention` and :func:`why_not_auto_attention` without dropout, for tensors that run eagerly."""
-    return extension.multiplies(q.device.type, q.dtype) and _are_many(q, k)
 
 
 def why_not_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float) -> str | None:
@@ -55,12 +50,13 @@ def why_not_auto_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, dropou
     """None, or why ``auto`` passes it over."""
     if in_dispatch_mode():
         return "a TorchDispatchMode knows library operations"
-    if not torch.compiler.is_compiling() and not _are_many(q, k):
+    if not torch.compiler.is_compiling() and not are_many(q, k):
         return "there are few scores: the library's kernel is as fast"
     return None
 
 
-def _are_many(q: Tensor, k: Tensor) -> bool:
+def are_many(q: Tensor, k: Tensor) -> bool:
+    """Whether there are so many scores that :func:`attention` is faster than the library's kernel."""
     return q.numel() * k.shape[2] >= _FEW * q.shape[3]
 
 
