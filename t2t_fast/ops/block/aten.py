@@ -41,8 +41,9 @@ _MANY_TOKENS = 128
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
     """(..., C) to (..., out)."""
     if not why_not_onednn(x, weight, bias):
-        if gelu and wants_gradient(x, weight, bias):
-            return F.gelu(multiply(x, weight, bias, False))
+        if wants_gradient(x, weight, bias):
+            y = multiply_with_gradient(x, weight, bias)
+            return F.gelu(y) if gelu else y
         return multiply(x, weight, bias, gelu)
     y = F.linear(x, weight, bias)
     if not gelu:
@@ -183,10 +184,16 @@ def _differentiate_linear(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias = ctx.saved_tensors
     if ctx.gelu:
         grad = torch.ops.aten.gelu_backward(grad, multiply(x, weight, bias, False))
-    dx = multiply(grad, weight.t(), None, False) if ctx.needs_input_grad[0] else None
+    return *_gradients(ctx, grad, x, weight), None
+
+
+def _gradients(ctx: Any, grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor | None, ...]:
+    """Those of ``x``, weight and bias that are needed; differentiable and batched where that is asked for."""
+    times = multiply if torch.is_grad_enabled() or is_transformed() else multiply_packed
+    dx = times(grad, weight.t(), None, False) if ctx.needs_input_grad[0] else None
     d_weight = _weight_gradient(grad, x) if ctx.needs_input_grad[1] else None
     d_bias = grad.reshape(-1, grad.shape[-1]).sum(dim=0) if ctx.needs_input_grad[2] else None
-    return dx, d_weight, d_bias, None
+    return dx, d_weight, d_bias
 
 
 def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
@@ -199,6 +206,24 @@ def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
         rows, columns, weight, None, (1, 1), (0, 0), (1, 1), False, (0, 0), 1, mask
     )
     return gradient.reshape(gradient.shape[:2])  # what torch can batch
+
+
+class _Linear(torch.autograd.Function):
+    """:func:`multiply` without GELU: eagerly, a custom operator takes several times as long to call."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return multiply_packed(x, weight, bias, False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _gradients(ctx, grad, *ctx.saved_tensors)
+
+
+def multiply_with_gradient(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """:func:`multiply` without GELU, where gradients are wanted."""
+    return multiply(x, weight, bias, False) if torch.compiler.is_compiling() else _Linear.apply(x, weight, bias)
 
 
 multiply.register_autograd(_differentiate_linear, setup_context=_keep_linear)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..common.branch import Branch, add_branch
 from ..common.norm import Norm
 from ..softmax_attention import aten, native
-from .aten import is_small, multiply, multiply_packed
+from .aten import is_small, multiply_packed, multiply_with_gradient
 
 
 class LinearWeights(NamedTuple):
@@ -94,7 +94,7 @@ def _multiply(x: Tensor, linear: LinearWeights, gelu: bool = False) -> Tensor:
     if linear.onednn is None or is_small(x, linear.weight):
         y = F.linear(x, linear.weight, linear.bias)
     elif torch.is_grad_enabled():
-        y = multiply(x, linear.weight, linear.bias, False)
+        y = multiply_with_gradient(x, linear.weight, linear.bias)
     else:
         return multiply_packed(x, linear.onednn, linear.bias, gelu)
     if not gelu:
