@@ -156,13 +156,16 @@ def _draw_mask(kqv: Tensor, rate: float) -> Tensor | None:
 
 
 class Kept(NamedTuple):
-    """What backward keeps: phi(k), p, y after the first skip, its LayerNorm's statistics, and fc1's output."""
+    """What backward keeps: phi(k), p, y after the first skip, its LayerNorm's statistics, and fc1's output.
+
+    A trace, whose backward is autograd's, has no statistics.
+    """
 
     phi_k: Tensor
     weights: Tensor
     y: Tensor
-    mean: Tensor
-    rstd: Tensor
+    mean: Tensor | None
+    rstd: Tensor | None
     hidden: Tensor
 
 
@@ -176,7 +179,11 @@ def token_performer_with_masks(kqv: Tensor, layer: Layer, masks: Masks, options:
     y = add_to(weights @ (phi_k.transpose(1, 2) @ v @ layer.proj_weight.t()), layer.proj_bias)
     y = add_to(y if masks.proj is None else y * masks.proj, v)
     affine = affine_for(y, layer.norm_weight, layer.norm_bias)
-    normed, mean, rstd = torch.native_layer_norm(y, channels(y), *affine, options.norm_eps)
+    mean = rstd = None
+    if torch.jit.is_tracing():  # nothing is kept, and OpenVINO's converter lacks the other operator
+        normed = F.layer_norm(y, channels(y), *affine, options.norm_eps)
+    else:
+        normed, mean, rstd = torch.native_layer_norm(y, channels(y), *affine, options.norm_eps)
     hidden = F.linear(normed, layer.fc1_weight, layer.fc1_bias)
     out = F.linear(F.gelu(hidden), layer.fc2_weight, layer.fc2_bias)
     out = add_to(out if masks.mlp is None else out * masks.mlp, y)
