@@ -53,8 +53,8 @@ def add_parser(subparsers: Any) -> None:
         "--calibrate",
         type=file_name,
         metavar="FOLDER",
-        help=f"at least {Int8.LEAST} images of the kind that the program will see: half of them for int8's ranges, half "
-        f"to compare top-1 with float32 ({MOST_IMAGES} drawn at random of more)",
+        help=f"at least {Int8.LEAST} images of the kind that the program will see: half of them for int8's ranges, "
+        f"half to compare top-1 with float32 ({MOST_IMAGES} drawn at random of more)",
     )
     parser.add_argument(
         "--min-agreement",
