@@ -414,10 +414,10 @@ def relate(rows: Sequence[dict[str, Any]], operations_per_second: Mapping[str, f
     measured.
     """
     for row in rows:
-        precision = arithmetic(row["variant"], row["precision"])
-        if row["seconds"] and precision in operations_per_second:
+        product = operations_per_second.get(arithmetic(row["variant"], row["precision"]) or "")
+        if row["seconds"] and product is not None:
             operations = 2 * row["macs"] * (3 if row["mode"] == "training" else 1) * row["images_per_second"]
-            row["of_product"] = operations / operations_per_second[precision]
+            row["of_product"] = operations / product
         kind = [r for r in rows if r["seconds"] and all(r[k] == row[k] for k in ("mode", "precision", "img_size"))]
         same = [r for r in kind if r["batch_size"] == row["batch_size"]] or kind
         references = [r for r in same if r["variant"] == "reference"]

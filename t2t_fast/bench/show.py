@@ -61,8 +61,8 @@ def show(result: dict[str, Any]) -> None:
             console.print(f"{row['model']} {row['variant'] or ''}: {row['status']}")
         if row.get("agreement") is not None:
             console.print(
-                f"{row['model']} {row['variant']}: {agreement(row)} that did not calibrate it; its logits are held to no "
-                "tolerance."
+                f"{row['model']} {row['variant']}: {agreement(row)} that did not calibrate it; its logits are held to "
+                "no tolerance."
             )
 
 

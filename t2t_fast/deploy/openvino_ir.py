@@ -6,12 +6,14 @@ process of its own, where it is switched off.
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,12 +70,24 @@ def _kind(value: object) -> str:
     return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
 
 
+@functools.cache
+def engine() -> Any:
+    """OpenVINO's ``Core``, one for the whole process.
+
+    Each ``Core`` that compiles installs a signal stack and, when it is deleted, frees it and installs the previous one.
+    If that is of another that was deleted before, the next signal (as at the end of a child process) is fatal.
+    """
+    import openvino
+
+    return openvino.Core()
+
+
 def convert(onnx: Path) -> Path:
     """Write the ONNX model in ``onnx`` as OpenVINO's IR, with the dtypes that it has; the .xml beside it."""
     import openvino
 
     xml = onnx.with_suffix(".xml")
-    openvino.serialize(openvino.Core().read_model(onnx), str(xml))
+    openvino.serialize(engine().read_model(onnx), str(xml))
     return xml
 
 
@@ -86,12 +100,10 @@ def load(xml: Path, *, precision: str = "f32", threads: int | None = None) -> Ca
             it takes bfloat16 where the CPU has it.
         threads: None leaves the number to OpenVINO.
     """
-    import openvino
-
     settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision}
     if threads is not None:
         settings["INFERENCE_NUM_THREADS"] = str(threads)
-    request = openvino.Core().compile_model(xml, "CPU", settings).create_infer_request()
+    request = engine().compile_model(xml, "CPU", settings).create_infer_request()
     # Inputs are read where they are. Outputs are copied: the next call writes over its own.
     return lambda images: torch.from_numpy(request.infer([images.cpu().numpy()], share_inputs=True)[0])
 

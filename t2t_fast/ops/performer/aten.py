@@ -192,7 +192,7 @@ def token_performer_with_masks(kqv: Tensor, layer: Layer, masks: Masks, options:
 
 def _token_performer_flat(
     options: Options, kqv: Tensor, proj_mask: Tensor | None, mlp_mask: Tensor | None, *layer: Any
-) -> tuple[Tensor, ...]:
+) -> tuple[Any, ...]:
     """:func:`token_performer_with_masks`, all tensors side by side as autograd takes them."""
     out, kept = token_performer_with_masks(kqv, Layer(*layer), Masks(proj_mask, mlp_mask), options)
     return out, *kept
@@ -202,7 +202,7 @@ class _TokenPerformer(torch.autograd.Function):
     """:func:`_token_performer_flat` with the gradient of the definition, by hand."""
 
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, ...]:
+    def forward(*args: Any) -> tuple[Any, ...]:
         return _token_performer_flat(*args)
 
     @staticmethod
