@@ -18,6 +18,7 @@ with _importing():
     from .deploy.export import ExportError, export
     from .deploy.freeze import FrozenT2TViT, freeze
     from .deploy.graph_runner import GraphRunner
+    from .deploy.openvino_ir import Int8
     from .dispatch import BackendUnavailable, explain, use_backend
     from .models import T2TViT, T2TViTDense, create_model, list_models
     from .models.adopt import optimize
@@ -29,6 +30,7 @@ __all__ = [
     "ExportError",
     "FrozenT2TViT",
     "GraphRunner",
+    "Int8",
     "T2TViT",
     "T2TViTDense",
     "create_model",

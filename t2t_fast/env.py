@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 _CLOCKS = "clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu"
-_PACKAGES = ("torchvision", "timm", "triton", "numpy")
+_PACKAGES = ("torchvision", "timm", "triton", "numpy", "onnxruntime", "openvino", "nncf")
 
 
 def collect_env() -> dict[str, Any]:

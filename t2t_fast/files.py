@@ -12,7 +12,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 StrPath = str | os.PathLike[str]
 
@@ -72,6 +72,38 @@ def replacing(path: StrPath) -> Iterator[Path]:
         temporary.touch()
         yield temporary
         _write_directly(path, temporary.read_bytes())
+
+
+@contextlib.contextmanager
+def replacing_together(*paths: StrPath) -> Iterator[list[Path]]:
+    """:func:`replacing` of regular files that belong together: all of them are replaced, or none.
+
+    Old files step aside before new ones are moved, the first path comes first and returns last: whoever is killed in
+    between leaves no first file, rather than files of two versions.
+
+    Raises:
+        OSError: As :func:`check_together` and :func:`write_bytes`.
+        ValueError: A path contains a NUL character.
+    """
+    check_together(*paths)
+    with contextlib.ExitStack() as stack:
+        moves = [stack.enter_context(_temporary_for(path)) for path in paths]
+        yield [move.temporary for move in moves]
+        with errors_named(paths[0]):
+            _take_places(moves)
+
+
+def check_together(*paths: StrPath) -> None:
+    """:func:`check_target` of regular files that belong together.
+
+    Raises:
+        OSError: As :func:`check_target`; or a path exists and is no regular file.
+        ValueError: A path contains a NUL character.
+    """
+    for path in paths:
+        if _is_direct(path):
+            raise OSError(errno.EINVAL, "not a regular file, as files that belong together must be", os.fspath(path))
+        _regular_target(path)
 
 
 def check_target(path: StrPath) -> None:
@@ -173,32 +205,68 @@ def _regular_target(path: StrPath) -> Path:
     return target
 
 
+class _Move(NamedTuple):
+    """A temporary file, and the file, old or new, whose place it will take."""
+
+    temporary: Path
+    target: Path
+
+
 @contextlib.contextmanager
 def _replacing_file(path: StrPath) -> Iterator[Path]:
+    with _temporary_for(path) as move:
+        yield move.temporary
+        with errors_named(path):
+            _finish(move)
+            os.replace(*move)
+
+
+@contextlib.contextmanager
+def _temporary_for(path: StrPath) -> Iterator[_Move]:
+    """A context with a temporary file beside the target, which is removed at its end unless it was moved."""
     target = _regular_target(path)
-    # A short random name: the target's name may already have the longest length allowed.
-    temporary = target.with_name(f".{secrets.token_hex(8)}{target.suffix[:16]}")
+    temporary = _hidden_name(target)
     try:
         with errors_named(path):
             os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
         try:
-            yield temporary
+            yield _Move(temporary, target)
         except OSError as error:
             if error.errno is None or error.filename not in (None, str(temporary)):
                 raise
             raise OSError(error.errno, error.strerror, os.fspath(path)) from error
-        with errors_named(path):
-            _take_place(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _take_place(temporary: Path, target: Path) -> None:
-    with open(temporary, "r+b") as file:
+def _hidden_name(target: Path) -> Path:
+    """A short random name beside ``target``, whose own name may already have the longest length allowed."""
+    return target.with_name(f".{secrets.token_hex(8)}{target.suffix[:16]}")
+
+
+def _finish(move: _Move) -> None:
+    """Bring the temporary file to the disk, with the owner and permissions of an old one."""
+    with open(move.temporary, "r+b") as file:
         os.fsync(file.fileno())
-    if target.exists():
-        old = target.stat()
+    if move.target.exists():
+        old = move.target.stat()
         with contextlib.suppress(PermissionError):  # only root may give files away
-            os.chown(temporary, old.st_uid, old.st_gid)
-        os.chmod(temporary, stat.S_IMODE(old.st_mode))
-    os.replace(temporary, target)
+            os.chown(move.temporary, old.st_uid, old.st_gid)
+        os.chmod(move.temporary, stat.S_IMODE(old.st_mode))
+
+
+def _take_places(moves: list[_Move]) -> None:
+    for move in moves:
+        _finish(move)
+    aside = [_Move(move.target, _hidden_name(move.target)) for move in moves if move.target.exists()]
+    done: list[_Move] = []
+    try:
+        for move in (*aside, *reversed(moves)):
+            os.replace(*move)
+            done.append(move)
+    except BaseException:
+        for move in reversed(done):
+            os.replace(move.target, move.temporary)
+        raise
+    for move in aside:
+        move.target.unlink()

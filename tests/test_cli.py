@@ -342,7 +342,7 @@ def test_batches_are_read_one_ahead_at_most() -> None:
         return ImageError("")
 
     files = [str(i) for i in range(10)]
-    for i, batch in enumerate(predict._read_batches(files, reading, 3)):
+    for i, batch in enumerate(predict.read_batches(files, reading, 3)):
         assert [file for file, _ in batch] == files[3 * i : 3 * i + 3]
         assert len(read_so_far) <= 3 * (i + 2)
     assert sorted(read_so_far) == files

@@ -238,7 +238,7 @@ def test_random_weights_are_exported_on_request_alone(
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["m.bin"], "must end in .onnx or .pt2"),
+        (["m.bin"], "must end in .onnx, .xml or .pt2"),
         (["m.onnx", "--format", "aoti"], "must end in .pt2"),
         (["absent/m.pt2"], "absent/m.pt2: no such folder"),
         (["m.pt2/"], "is a folder"),

@@ -122,11 +122,11 @@ def test_nothing_is_left_of_a_failure(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = small("t2t_vit_c_14")
-    with pytest.raises(ValueError, match=r"\.onnx or \.pt2.*format="):
+    with pytest.raises(ValueError, match=r"\.onnx, \.xml or \.pt2.*format="):
         t2t_fast.export(model, tmp_path / "model.bin")
     with pytest.raises(ValueError, match=r"must end in \.pt2 for format='aoti'"):
         t2t_fast.export(model, tmp_path / "model.onnx", "aoti")
-    with pytest.raises(ValueError, match="format='trt' is unknown; accepted: onnx, torch, aoti"):
+    with pytest.raises(ValueError, match="format='trt' is unknown; accepted: onnx, openvino, torch, aoti"):
         t2t_fast.export(model, tmp_path / "model.onnx", "trt")
     with pytest.raises(ValueError, match=r"max_batch .*4 .*2147483647, got 1"):
         t2t_fast.export(model, tmp_path / "model.onnx", max_batch=1)

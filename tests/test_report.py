@@ -107,6 +107,40 @@ def test_the_readme_shows_the_newest_run(tmp_path: Path) -> None:
     assert "new.json" in measured and "old.json" not in measured and "loader.json" not in measured
 
 
+def test_the_best_of_the_others(tmp_path: Path) -> None:
+    """Other runtimes' programs in the row's own arithmetic: bfloat16 is no match for float32, nor int8 for either."""
+    row = {
+        "model": "t2t_vit_14",
+        "mode": "inference",
+        "batch_size": 16,
+        "img_size": 224,
+        "macs": 5e9,
+        "status": "ok",
+        "error": 1e-3,
+        "seconds": [0.1],
+        "spread": None,
+        "speed": 2.0,
+    }
+    speeds = {
+        "reference": 10.0,
+        "auto": 90.0,
+        "onnx": 30.0,
+        "openvino": 40.0,
+        "openvino-bf16": 50.0,
+        "openvino-int8": 60.0,
+    }
+    rows = [
+        row | {"variant": variant, "precision": precision, "images_per_second": speed}
+        for variant, speed in speeds.items()
+        for precision in ("float32", "bfloat16")
+        if precision == "float32" or variant not in ("onnx", "openvino")
+    ]
+    (tmp_path / "a.json").write_text(json.dumps(gpu_file(rows=rows)))
+    measured = report.blocks(report.load(tmp_path))["measured"]
+    assert re.search(r"float32, batch 16.*\| 40\.0 \(openvino\) \|$", measured, re.MULTILINE)
+    assert re.search(r"bfloat16, batch 16.*\| 50\.0 \(openvino-bf16\) \|$", measured, re.MULTILINE)
+
+
 def test_a_tuning_file_is_shown(tmp_path: Path) -> None:
     config = {"blocks": {"BLOCK_M": 64, "BLOCK_N": 32}, "num_warps": 8, "num_stages": 3}
     row = {"table": "ADD_LAYER_NORM", "kind": "half", "tried": 5, "failed": {"c": "too large"}}

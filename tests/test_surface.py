@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FUNCTIONS = {
     "create_model": "(name=None, *, checkpoint=None, pretrained=False, use_ema=True, **kwargs)",
     "explain": "(model, *inputs, **kwargs)",
-    "export": "(model, path, format=None, *, max_batch=1024)",
+    "export": "(model, path, format=None, *, max_batch=1024, int8=None)",
     "freeze": "(model, dtype=None)",
     "list_models": "(filter='*')",
     "load_checkpoint": "(path, model=None, *, use_ema=True, strict=True, grid_size=None)",
@@ -38,6 +38,7 @@ CLASSES = {
     "ExportError",
     "FrozenT2TViT",
     "GraphRunner",
+    "Int8",
     "T2TViT",
     "T2TViTDense",
 }
@@ -139,7 +140,8 @@ COMMANDS = {
     "macs": "MODEL --img-size --json --output",
     "list": "PATTERN --json",
     "convert": "SRC DST --to --no-ema --force",
-    "export": "DST --format --model --checkpoint --pretrained --img-size --random-weights --dtype --max-batch --force",
+    "export": "DST --format --model --checkpoint --pretrained --img-size --random-weights --dtype --max-batch "
+    "--int8 --calibrate --min-agreement --force",
     "bench": "arguments",  # of benchmarks/throughput.py
     "env": "--json",
 }

@@ -16,12 +16,12 @@ import pytest
 import torch
 from PIL import Image
 
-from t2t_fast.bench import measuring, models, rates, throughput
+from t2t_fast.bench import measuring, models, rates, tables, throughput
 from t2t_fast.bench.common import write_json
 from t2t_fast.bench.images import load_images
 from t2t_fast.bench.measuring import errors
 from t2t_fast.bench.tables import quantile
-from t2t_fast.bench.variants import Row
+from t2t_fast.bench.variants import OPENVINO, Row
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 TINY = ["--device", "cpu", "--img-size", "64", "--batch-size", "2", "--repeats", "2"]
@@ -250,13 +250,39 @@ def test_variants_modes_and_precisions(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_an_exported_program_passes_the_gate(tmp_path: Path) -> None:
+def test_exported_programs_pass_the_gate(tmp_path: Path) -> None:
+    """Each in its own arithmetic, whatever the CPU would choose."""
     path = tmp_path / "exported.json"
-    arguments = ["--models", "t2t_vit_7", "--variants", "frozen", "onnx", "--synthetic", "--no-plot"]
+    variants = ["frozen", "onnx", "openvino", "openvino-bf16"]
+    arguments = ["--models", "t2t_vit_7", "--variants", *variants, "--synthetic", "--no-plot"]
     assert throughput.main([*TINY, *arguments, "--output", str(path)]) == 0
-    frozen, onnx = read(path)["rows"]
-    assert onnx["status"] == frozen["status"] == "ok"
-    assert 0 < onnx["error"] < onnx["tolerance"]
+    rows = {row["variant"]: row for row in read(path)["rows"]}
+    assert {row["status"] for row in rows.values()} == {"ok"}
+    for row in rows.values():
+        assert 0 < row["error"] < row["tolerance"]
+    tolerances = {name: row["tolerance"] for name, row in rows.items()}
+    exact, rough = measuring.TOLERANCES[torch.float32], measuring.TOLERANCES[torch.bfloat16]
+    assert tolerances == {"frozen": exact, "onnx": exact, "openvino": exact, "openvino-bf16": rough}
+    assert rows["openvino-bf16"]["of_product"] is None  # the matmul's rate is that of float32
+    assert rows["openvino"]["of_product"] > 0
+
+
+@pytest.mark.slow
+def test_openvino_in_16_and_8_bits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """int8 reports its agreement with float32; its logits are not judged."""
+    path = tmp_path / "exported.json"
+    arguments = ["--models", "t2t_vit_7", "--variants", *OPENVINO, "--precision", "bfloat16", "--no-plot"]
+    assert throughput.main([*TINY, *arguments, "--output", str(path)]) == 0
+    plain, half, int8 = read(path)["rows"]
+    assert plain["status"] == "cannot run: openvino is measured on the CPU, in float32"
+    assert (half["status"], half["tolerance"]) == ("ok", measuring.TOLERANCES[torch.bfloat16])
+    assert half["of_product"] > 0
+    assert int8["status"] == "ok"
+    assert (int8["tolerance"], int8["top1"], int8["of_product"], int8["held_out"]) == (None, None, None, 50)
+    assert 0 < int8["agreement"] <= 1
+    assert int8["error"] < 1
+    assert f"top-1 as in float32 for {int8['agreement']:.0%} of 50 images" in capsys.readouterr().out
+    assert "50 images |" in tables.throughput(read(path))
 
 
 def test_latency(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,11 +19,14 @@ from typing import Any
 from t2t_fast.bench.common import checkout, slug, write_text
 from t2t_fast.bench.plots import by_batch, plot_batches, plot_macs, plot_roofline, plot_top1, with_top1
 from t2t_fast.bench.tables import KINDS, Result, Row, markdown, normalised, rate
+from t2t_fast.bench.variants import arithmetic
 from t2t_fast.models.variants import VARIANTS
 from t2t_fast.usage import OneLineParser, UsageError
 
 DOCS = ("README.md", "docs/results.md")
 NOT_YET = "Not measured yet."
+# What else runs a T2T-ViT: its definition, plain or compiled by torch, and other runtimes with exported programs.
+OTHERS = ("reference", "compiled-reference", "onnx", "openvino", "openvino-bf16")
 MARKER = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 # Columns of the README's table: heading, model, variant.
 COLUMNS = (
@@ -105,11 +108,20 @@ def _measured(files: Sequence[tuple[Path, Result]]) -> str:
         for kind, rates in kinds.items():
             if ("t2t_vit_14", "auto") in rates:
                 cells = [rate(rates[key]) if (key := column[1:]) in rates else "" for column in COLUMNS]
+                cells.append(_best_of_others(rates, kind[1]))
                 mode, precision, batch = kind
                 hardware = result["hardware"].removeprefix("cpu ")
                 link = f"[{mode}, {precision}, batch {batch}](benchmarks/results/{path.name})"
                 body[(hardware, *kind)] = [hardware, link, *cells]  # files are sorted by date, so the newest wins
-    return markdown(["", "images per second", *(c[0] for c in COLUMNS)], body.values()) if body else NOT_YET
+    headings = ["", "images per second", *(column[0] for column in COLUMNS), "T2T-ViT-14, best of the others"]
+    return markdown(headings, body.values()) if body else NOT_YET
+
+
+def _best_of_others(rates: dict[tuple[Any, ...], float], precision: str) -> str:
+    """The fastest T2T-ViT-14 that is not this package's, in the arithmetic of ``precision``."""
+    same = [name for name in OTHERS if arithmetic(name, precision) == precision and ("t2t_vit_14", name) in rates]
+    best = max(same, key=lambda name: rates["t2t_vit_14", name], default=None)
+    return "" if best is None else f"{rate(rates['t2t_vit_14', best])} ({best})"
 
 
 def _most_rows(files: Sequence[tuple[Path, Result]]) -> list[Row]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from t2t_fast.bench.tables import quantile
+from t2t_fast.bench.tables import agreement, quantile
 from t2t_fast.bench.terminal import SIMPLE_HEAD, Table, wide_console
 
 WIDTH = 120  # of the table
@@ -59,6 +59,11 @@ def show(result: dict[str, Any]) -> None:
             )
         elif row["status"] != "ok":
             console.print(f"{row['model']} {row['variant'] or ''}: {row['status']}")
+        if row.get("agreement") is not None:
+            console.print(
+                f"{row['model']} {row['variant']}: {agreement(row)} that did not calibrate it; its logits are held to "
+                "no tolerance."
+            )
 
 
 def _conditions(result: dict[str, Any], varied: Sequence[str]) -> str:

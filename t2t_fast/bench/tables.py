@@ -58,13 +58,26 @@ def throughput(result: Result) -> str:
                 cells += [f"{rate(row['images_per_second'])}{spread}", speed]
                 cells += [", ".join(f"{1000 * quantile(row['seconds'], q):.1f}" for q in (50, 90, 99))] * latency
                 if related:
-                    cells.append(f"{row['of_product']:.0%}")
+                    cells.append("" if row["of_product"] is None else f"{row['of_product']:.0%}")
             else:
                 cells += [row["status"], "", *([""] * (latency + related))]
-            body.append([*cells, "" if row["error"] is None else f"{row['error']:.0e}"])
+            body.append([*cells, _error(row)])
         images = "batches of 1" if latency else f"batches of {batch}"
         parts.append(f"{mode.capitalize()}, {precision}, {images}, {size} px:\n\n{markdown(headings, body)}")
     return "\n\n".join(parts)
+
+
+def _error(row: Row) -> str:
+    """The logits' error, and int8's agreement, which stands for it."""
+    error = "" if row["error"] is None else f"{row['error']:.0e}"
+    if row.get("agreement") is None:
+        return error
+    return f"{error}, {agreement(row)}"
+
+
+def agreement(row: Row) -> str:
+    """What an int8 row is judged by."""
+    return f"top-1 as in float32 for {row['agreement']:.0%} of {row['held_out']} images"
 
 
 def quantile(values: Sequence[float], percent: int) -> float:

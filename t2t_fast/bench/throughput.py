@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+import t2t_fast
 from t2t_fast import use_backend
 from t2t_fast.bench import measuring, models, rates
 from t2t_fast.bench.common import (
@@ -32,13 +33,13 @@ from t2t_fast.bench.loader import Loader
 from t2t_fast.bench.plots import plot_macs
 from t2t_fast.bench.show import show
 from t2t_fast.bench.terminal import BarColumn, Console, Progress, TextColumn, TimeRemainingColumn
-from t2t_fast.bench.variants import PRECISIONS, Row, product_dtype
+from t2t_fast.bench.variants import EXPORTED, INT8, PRECISIONS, Row, product_dtype
 from t2t_fast.config import BACKENDS
 from t2t_fast.env import collect_env
 from t2t_fast.usage import OneLineParser, UsageError
 
 MODELS = ("t2t_vit_14", "deit_small_patch16_224", "vit_small_patch16_224", "resnet50")
-VARIANTS = (*BACKENDS, "frozen", "compiled", "compiled-reference", "compiled-frozen", "cuda-graph", "onnx", "aoti")
+VARIANTS = (*BACKENDS, "frozen", "compiled", "compiled-reference", "compiled-frozen", "cuda-graph", *EXPORTED)
 DEFAULT_VARIANTS = {"inference": ("reference", "auto", "frozen"), "training": ("reference", "auto")}
 BATCH_SIZES = {"cpu": 16, "cuda": 128}
 LATENCY_REPEATS = 100
@@ -54,7 +55,7 @@ examples:
   {run} --mode training --precision autocast-bfloat16 --variants reference auto compiled
   {run} --device cuda --precision bfloat16 float16 --batch-size 32 128 512
   {run} --models t2t_vit_14 --latency --variants auto frozen cuda-graph
-  {run} --models zoo --variants reference frozen onnx aoti        exported programs
+  {run} --models zoo --variants reference frozen onnx openvino    exported programs
   {run} --images ~/imagenet/val --with-loader      decoding included
   {run} --models paper --output run.json           after an interruption: --resume run.json
 
@@ -233,6 +234,8 @@ class _Run:
         kinds = itertools.product(options.mode, precisions, dict.fromkeys(options.img_size), sizes)
         self.kinds = [_Kind(*kind) for kind in kinds]
         self.num_images = min(max((size for size in sizes if isinstance(size, int)), default=usual), 256)
+        if INT8 in (options.variants or ()):
+            self.num_images = max(self.num_images, t2t_fast.Int8.LEAST)
         env = collect_env()
         hardware = measuring.device_name(self.device, env)
         self.path = result_path(options.output, hardware, env, date)

@@ -18,7 +18,9 @@ from t2t_fast.bench import models
 from t2t_fast.config import BACKENDS
 from t2t_fast.deploy.export import load
 
-EXPORTED = ("onnx", "aoti")
+INT8 = "openvino-int8"
+OPENVINO = ("openvino", "openvino-bf16", INT8)
+EXPORTED = ("onnx", *OPENVINO, "aoti")
 FROZEN = ("frozen", "compiled-frozen", "cuda-graph")
 PRECISIONS = {
     "float32": (torch.float32, None),
@@ -36,13 +38,23 @@ def product_dtype(precision: str) -> torch.dtype:
     return autocast or dtype
 
 
+def arithmetic(variant: str | None, precision: str) -> str | None:
+    """The precision whose matmuls a row's own are like; None for int8."""
+    if variant == INT8:
+        return None
+    return "bfloat16" if variant == "openvino-bf16" else precision
+
+
 class CannotRun(Exception):
     """A row cannot be measured here; the message says why."""
 
 
 @dataclass
 class Row:
-    """A model in a variant, which is None for a timm model run as it is; with its conditions and results."""
+    """A model in a variant, which is None for a timm model run as it is; with its conditions and results.
+
+    ``agreement`` is int8's: the share of ``held_out`` images with the same top-1 as in float32.
+    """
 
     model: str
     variant: str | None
@@ -56,6 +68,8 @@ class Row:
     error: float | None = None
     tolerance: float | None = None
     top1: float | None = None
+    agreement: float | None = None
+    held_out: int | None = None
     ops: dict[str, list[str]] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
     module: nn.Module | None = None
@@ -77,15 +91,19 @@ class Row:
 
     @property
     def product_dtype(self) -> torch.dtype:
-        return product_dtype(self.precision)
+        return product_dtype(arithmetic(self.variant, self.precision) or self.precision)
 
     def drop(self) -> None:
         """Free the model and its images."""
         self.module = self.step = self.images = None
 
 
-def build(row: Row, weights: dict[str, Tensor] | None, device: torch.device, seed: int) -> None:
+def build(
+    row: Row, weights: dict[str, Tensor] | None, device: torch.device, seed: int, images: Tensor | None = None
+) -> None:
     """Make the row's module and its step, a function of a batch of images.
+
+    ``images`` calibrate int8.
 
     Raises:
         CannotRun: The variant does not support this mode or this machine.
@@ -106,7 +124,7 @@ def build(row: Row, weights: dict[str, Tensor] | None, device: torch.device, see
     model = model.to(device, row.weight_dtype)
     module: Any = model
     if variant in EXPORTED:
-        module = _export(row, model, device)
+        module = _export(row, model, device, images)
     if variant in FROZEN:
         module = t2t_fast.freeze(model)
     if variant.startswith("compiled"):
@@ -123,19 +141,45 @@ def build(row: Row, weights: dict[str, Tensor] | None, device: torch.device, see
     row.step = _training_step(row, module, device) if row.mode == "training" else _forward(row, module, device)
 
 
-def _export(row: Row, model: nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """The model exported to another runtime, checked and loaded."""
+def _export(row: Row, model: nn.Module, device: torch.device, images: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """The model exported to another runtime, checked and loaded, with as many threads as torch has."""
+    variant = str(row.variant)
     if PRECISIONS[row.precision][1]:
         raise CannotRun("an exported program has the precision of its weights, not autocast's")
-    if row.variant == "onnx" and (device.type != "cpu" or row.precision == "bfloat16"):
+    if variant == "onnx" and (device.type != "cpu" or row.precision == "bfloat16"):
         raise CannotRun("onnxruntime is measured on the CPU, in float32 and float16")
+    if variant in OPENVINO:
+        accepted = ("float32",) if variant == "openvino" else ("float32", "bfloat16")
+        if device.type != "cpu" or row.precision not in accepted:
+            raise CannotRun(f"{variant} is measured on the CPU, in {' and '.join(accepted)}")
+        return _openvino(row, model, images)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / ("model.onnx" if row.variant == "onnx" else "model.pt2")
-        try:
-            t2t_fast.export(model, path, row.variant)
-        except t2t_fast.ExportError as error:
-            raise CannotRun(str(error)) from error
-        return load(path, str(row.variant))
+        path = Path(folder) / ("model.onnx" if variant == "onnx" else "model.pt2")
+        _write(model, path, variant)
+        return load(path, variant, threads=torch.get_num_threads())
+
+
+def _openvino(row: Row, model: nn.Module, images: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """OpenVINO's program in float32, run in bfloat16 as the row asks for it; in int8 that is what is left of float."""
+    int8 = None
+    if row.variant == INT8:
+        assert images is not None
+        int8 = t2t_fast.Int8(images, min_agreement=0)  # reported, not demanded: random weights leave near-ties
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "model.xml")
+        found = _write(model.float(), path, "openvino", int8)
+        row.agreement, row.held_out = found.get("agreement"), found.get("held_out")
+        in_bfloat16 = row.variant == "openvino-bf16" or row.precision == "bfloat16"
+        threads = torch.get_num_threads()
+        run = load(path, "openvino", precision="bf16" if in_bfloat16 else "f32", threads=threads)
+    return lambda images: run(images.float())
+
+
+def _write(model: nn.Module, path: Path, format: str, int8: t2t_fast.Int8 | None = None) -> dict[str, Any]:
+    try:
+        return t2t_fast.export(model, path, format, int8=int8)
+    except t2t_fast.ExportError as error:
+        raise CannotRun(str(error)) from error
 
 
 def precision_of(row: Row, device: torch.device) -> contextlib.AbstractContextManager[Any]:

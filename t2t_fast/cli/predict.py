@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
         check_target(args.json)
     files, failures = find_images(args.images)
     for failure in failures:
-        _report(failure)
+        report(failure)
     device, model, results = None, None, list[dict[str, Any]]()
     if files:
         device = _find_device(args.device)
@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
         for good, bad in _classify(args, model, device, files):
             results += [{"file": file, "top": [{**p, "label": names[p["index"]]} for p in top]} for file, top in good]
             for failure in bad:
-                _report(failure)
+                report(failure)
             failures += bad
     try:
         if args.json is not None:
@@ -111,16 +111,26 @@ def run(args: argparse.Namespace) -> int:
     return 2 if not results else 1 if failures else 0
 
 
-def _report(failure: Failure) -> None:
+def report(failure: Failure) -> None:
+    """Say on standard error which file was skipped, and why."""
     say(f"{printable(failure.file) or repr('')}: {failure.reason}")
 
 
 def _prepare(model: T2TViT, device: torch.device, dtype: torch.dtype) -> T2TViT:
+    check_for_images(model)
+    return model.to(device, dtype).eval()
+
+
+def check_for_images(model: T2TViT) -> None:
+    """Check that image files can be classified.
+
+    Raises:
+        UsageError: The model has no head, or takes neither colours nor grey.
+    """
     if model.num_classes == 0:
         raise UsageError("the model has no head, so there are no classes to predict")
     if own_in_chans(model) not in (1, 3):
         raise UsageError(f"the model takes {own_in_chans(model)} channels; images have 3, or 1 in grey")
-    return model.to(device, dtype).eval()
 
 
 def _classify(
@@ -134,7 +144,7 @@ def _classify(
     ):
         warnings.filterwarnings("ignore", module="PIL")  # they do not name the file
         task = progress.add_task("predicting", total=len(files))
-        for batch in _read_batches(files, _reader(model), args.batch_size):
+        for batch in read_batches(files, reader(model), args.batch_size):
             read = [(file, image) for file, image in batch if isinstance(image, Tensor)]
             bad = [Failure(file, str(error)) for file, error in batch if not isinstance(error, Tensor)]
             tops = []
@@ -215,7 +225,7 @@ def _transform(model: T2TViT) -> Any:
     return create_transform(**config)
 
 
-def _reader(model: T2TViT) -> Callable[[str], Tensor | ImageError]:
+def reader(model: T2TViT) -> Callable[[str], Tensor | ImageError]:
     """A function that reads one file as the model's input."""
     transform, grey = _transform(model), own_in_chans(model) == 1
 
@@ -228,7 +238,7 @@ def _reader(model: T2TViT) -> Callable[[str], Tensor | ImageError]:
     return read
 
 
-def _read_batches(
+def read_batches(
     files: list[str], read: Callable[[str], Tensor | ImageError], batch_size: int
 ) -> Iterator[list[tuple[str, Tensor | ImageError]]]:
     """Batches of (file, image) pairs; the next batch is read while the caller works on this one."""

@@ -1,4 +1,4 @@
-"""Export models to other runtimes: ONNX, and torch's archives, plain or compiled ahead of time."""
+"""Export models to other runtimes: ONNX, OpenVINO, and torch's archives, plain or compiled ahead of time."""
 
 from __future__ import annotations
 
@@ -7,24 +7,30 @@ import importlib.util
 import io
 import logging
 import os
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..dispatch import use_backend
-from ..files import check_target, replacing
+from ..files import check_target, check_together, replacing, replacing_together
 from ..numerics import no_autocast
+from . import openvino_ir
 from .freeze import FrozenT2TViT, freeze, relative_error
+from .openvino_ir import Int8
 
-FORMATS = ("onnx", "torch", "aoti")
-_SUFFIXES = {"onnx": ".onnx", "torch": ".pt2", "aoti": ".pt2"}
+FORMATS = ("onnx", "openvino", "torch", "aoti")
+_SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2", "aoti": ".pt2"}
+_BY_SUFFIX = {".onnx": "onnx", ".xml": "openvino", ".pt2": "torch"}
+_NEEDED = {"onnx": ("onnx", "onnxscript"), "openvino": ("openvino", "onnx", "onnxscript")}
 # Relative norm of the logits' difference, by dtype.
 _ACCEPTED = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-_ONNX_DTYPES = (torch.float32, torch.float16)
+_DTYPES = {"onnx": (torch.float32, torch.float16), "openvino": (torch.float32, torch.float16)}
+_NAMES = {"onnx": "ONNX", "openvino": "OpenVINO's format"}
 _OPSET = 18
 _MAX_BATCH = 2**31 - 1
 
@@ -33,8 +39,29 @@ class ExportError(RuntimeError):
     """A model cannot be exported, or its export computes something else; the message says why."""
 
 
+class Checked(NamedTuple):
+    """How a written program was compared with the model.
+
+    Attributes:
+        error: Relative norm of the logits' difference; None without a runtime.
+        by: The runtime.
+        agreement: Of an int8 program, the share of held-out images with the same top-1.
+        held_out: The number of those images.
+    """
+
+    error: float | None
+    by: str
+    agreement: float | None = None
+    held_out: int | None = None
+
+
 def export(
-    model: nn.Module, path: str | os.PathLike[str], format: str | None = None, *, max_batch: int = 1024
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    format: str | None = None,
+    *,
+    max_batch: int = 1024,
+    int8: Int8 | None = None,
 ) -> dict[str, Any]:
     """Freeze ``model`` and write it as a program that runs without this package, for batches of any size.
 
@@ -45,40 +72,57 @@ def export(
     Args:
         model: A :class:`T2TViT`, a frozen one, or any model that :func:`t2t_fast.optimize` takes.
         path: The file. An existing one is replaced after the check; symbolic links are followed; a device or FIFO is
-            written to directly.
+            written to directly. OpenVINO's weights go to the file of the same name in ``.bin``: both are replaced, or
+            none.
         format: ``"onnx"`` (opset 18; needs the packages onnx and onnxscript, and onnxruntime to be checked),
-            ``"torch"`` (``torch.export.load``) or ``"aoti"`` (compiled for the model's device by AOTInductor, for
-            ``torch._inductor.aoti_load_package``; needs a C++ compiler). None decides by the suffix: ``.onnx``, or
-            ``.pt2`` for ``"torch"``.
-        max_batch: The largest batch that the program accepts.
+            ``"openvino"`` (IR, for ``openvino.Core().read_model``; needs openvino, onnx and onnxscript), ``"torch"``
+            (``torch.export.load``) or ``"aoti"`` (compiled for the model's device by AOTInductor, for
+            ``torch._inductor.aoti_load_package``; needs a C++ compiler). None decides by the suffix: ``.onnx``,
+            ``.xml``, or ``.pt2`` for ``"torch"``.
+        max_batch: The largest batch that the program must accept.
+        int8: Quantise the blocks and the head to int8 (``"openvino"`` and float32 models alone; needs nncf). Then the
+            logits need not agree, but the top-1 of ``int8.min_agreement`` of the images held out.
 
     Returns:
         ``format``, ``bytes``, ``error`` (relative norm of the logits' difference; None without a runtime to check it)
-        and ``checked_by``.
+        and ``checked_by``; with ``int8`` also ``agreement`` and ``held_out``, the number of images that it is of.
 
     Raises:
         TypeError: ``model`` is not a T2T-ViT.
-        ValueError: Unknown ``format``, or a suffix that does not match it.
-        ExportError: A package is missing, the format lacks the model's dtype, or the program's logits differ.
+        ValueError: Unknown ``format``, or a suffix or ``int8`` that does not match it; images of ``int8`` that the
+            model does not take.
+        ExportError: A package is missing, the format lacks the model's dtype, the program's logits differ, or too few
+            top-1 agree.
         OSError: The file cannot be written (``filename`` is ``path``); an old one is untouched.
     """
-    format = check_request(path, format, max_batch=max_batch)
+    format = check_request(path, format, max_batch=max_batch, int8=int8 is not None)
     frozen = model if isinstance(model, FrozenT2TViT) else freeze(model)
-    _check_dtype(format, frozen.dtype)
+    _check_dtype(format, frozen.dtype, int8 is not None)
     images = _images(frozen, 4)
-    with replacing(path) as temporary:
+    if int8 is not None and int8.images.shape[1:] != images.shape[1:]:
+        raise ValueError(f"int8.images must have shape (N, *{tuple(images.shape[1:])}), got {tuple(int8.images.shape)}")
+    with _new_files(path, format) as files:
         with _quiet(), no_autocast(images):
             batch = torch.export.Dim("batch", min=1, max=max_batch)
             program = torch.export.export(frozen, (images,), dynamic_shapes=({0: batch},))
-            error, checked_by = _WRITERS[format](frozen, program, images, temporary)
-        if error is not None and not error <= _ACCEPTED[frozen.dtype]:
-            raise ExportError(f"the exported program's logits differ by {error:.1e} of their norm: please report it")
-        size = temporary.stat().st_size
-    return {"format": format, "bytes": size, "error": error, "checked_by": checked_by}
+            if int8 is None:
+                done = _WRITERS[format](frozen, program, images, files)
+            else:
+                done = _write_int8(frozen, program, images, files, int8)
+        if int8 is None and done.error is not None:
+            _require_equal(frozen, done.error)
+        size = sum(file.stat().st_size for file in files)
+    found = {} if int8 is None else {"agreement": done.agreement, "held_out": done.held_out}
+    return {"format": format, "bytes": size, "error": done.error, "checked_by": done.by, **found}
 
 
 def check_request(
-    path: str | os.PathLike[str], format: str | None, *, max_batch: int, dtype: torch.dtype | None = None
+    path: str | os.PathLike[str],
+    format: str | None,
+    *,
+    max_batch: int,
+    dtype: torch.dtype | None = None,
+    int8: bool = False,
 ) -> str:
     """Make all checks of :func:`export` that need no model, and return the format.
 
@@ -88,24 +132,58 @@ def check_request(
     format = _format_for(Path(path), format)
     if not 4 <= max_batch <= _MAX_BATCH:
         raise ValueError(f"max_batch must be at least 4 and at most {_MAX_BATCH}, got {max_batch}")
-    if format == "onnx" and (missing := [name for name in ("onnx", "onnxscript") if not _has(name)]):
-        raise ExportError(f"writing ONNX needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+    if int8 and format != "openvino":
+        raise ValueError(f"int8 is for format='openvino' (.xml), got format={format!r}")
+    needed = (*_NEEDED.get(format, ()), *(["nncf"] if int8 else []))
+    if missing := [name for name in needed if not _has(name)]:
+        name = "int8 in OpenVINO's format" if int8 else _NAMES[format]
+        raise ExportError(f"writing {name} needs {' and '.join(missing)}: pip install {' '.join(missing)}")
     if dtype is not None:
-        _check_dtype(format, dtype)
-    check_target(path)
+        _check_dtype(format, dtype, int8)
+    if format == "openvino":
+        check_together(*files_of(path, format))
+    else:
+        check_target(path)
     return format
 
 
-def _check_dtype(format: str, dtype: torch.dtype) -> None:
-    if format == "onnx" and dtype not in _ONNX_DTYPES:
-        raise ExportError(f"ONNX is written in float32 or float16, the model is in {dtype}: freeze it to one")
+def files_of(path: str | os.PathLike[str], format: str) -> tuple[Path, ...]:
+    """The files that a program in ``path`` consists of, ``path`` first."""
+    path = Path(path)
+    return (path, path.with_suffix(".bin")) if format == "openvino" else (path,)
+
+
+@contextlib.contextmanager
+def _new_files(path: str | os.PathLike[str], format: str) -> Iterator[list[Path]]:
+    """A context with temporary files for :func:`files_of`, which take their places at its end."""
+    if format == "openvino":
+        with replacing_together(*files_of(path, format)) as files:
+            yield files
+    else:
+        with replacing(path) as file:
+            yield [file]
+
+
+def _check_dtype(format: str, dtype: torch.dtype, int8: bool = False) -> None:
+    if int8 and dtype != torch.float32:
+        raise ExportError(f"int8 is made of a float32 model, the model is in {dtype}: freeze it to float32")
+    if dtype not in _DTYPES.get(format, (dtype,)):
+        raise ExportError(
+            f"{_NAMES[format]} is written in float32 or float16, the model is in {dtype}: freeze it to one"
+            + (" (OpenVINO computes float32 programs in bfloat16 where told to)" if format == "openvino" else "")
+        )
+
+
+def _require_equal(frozen: FrozenT2TViT, error: float) -> None:
+    if not error <= _ACCEPTED[frozen.dtype]:  # a NaN is not
+        raise ExportError(f"the exported program's logits differ by {error:.1e} of their norm: please report it")
 
 
 def _format_for(path: Path, format: str | None) -> str:
     if format is None:
-        format = {".onnx": "onnx", ".pt2": "torch"}.get(path.suffix, "")
+        format = _BY_SUFFIX.get(path.suffix, "")
         if not format:
-            raise ValueError(f"path={str(path)!r} must end in .onnx or .pt2, or pass format=")
+            raise ValueError(f"path={str(path)!r} must end in .onnx, .xml or .pt2, or pass format=")
     if format not in FORMATS:
         raise ValueError(f"format={format!r} is unknown; accepted: {', '.join(FORMATS)}")
     if path.suffix != _SUFFIXES[format]:
@@ -139,8 +217,20 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _write_onnx(frozen: FrozenT2TViT, program: Any, images: Tensor, path: Path) -> tuple[float | None, str]:
-    """Write with onnxscript's optimizer, or without it if that changes the logits: it drops an addend of 1e-8."""
+def _write_onnx(frozen: FrozenT2TViT, program: Any, images: Tensor, files: list[Path]) -> Checked:
+    (path,) = files
+    check = (lambda: _compare(frozen, path, "onnx")) if _has("onnxruntime") else None
+    error = _save_onnx(frozen, program, images, path, check)
+    return Checked(error, "nothing: onnxruntime is not installed" if error is None else "onnxruntime")
+
+
+def _save_onnx(
+    frozen: FrozenT2TViT, program: Any, images: Tensor, path: Path, check: Callable[[], float] | None
+) -> float | None:
+    """Save with onnxscript's optimizer, or without it if that changes the logits: it drops an addend of 1e-8.
+
+    ``check`` returns the error of what was saved, as does this function.
+    """
     error: float | None = None
     for optimize in (True, False):
         made = torch.onnx.export(
@@ -150,10 +240,60 @@ def _write_onnx(frozen: FrozenT2TViT, program: Any, images: Tensor, path: Path) 
         assert made is not None
         _name_batch(made.model.graph)
         made.save(str(path), external_data=False)
-        error = _compare(frozen, path, "onnx") if _has("onnxruntime") else None
+        error = None if check is None else check()
         if error is None or error <= _ACCEPTED[frozen.dtype]:
             break
-    return error, "nothing: onnxruntime is not installed" if error is None else "onnxruntime"
+    return error
+
+
+def _write_openvino(frozen: FrozenT2TViT, program: Any, images: Tensor, files: list[Path]) -> Checked:
+    with tempfile.TemporaryDirectory() as folder:
+        onnx = Path(folder, "model.onnx")
+        error = _save_for_openvino(frozen, program, images, onnx)
+        _place(onnx.with_suffix(".xml"), files)
+    return Checked(error, "OpenVINO")
+
+
+def _save_for_openvino(frozen: FrozenT2TViT, program: Any, images: Tensor, onnx: Path) -> float:
+    """Write the ONNX model, and OpenVINO's program made of it beside it; returns the error of the latter."""
+    error = _save_onnx(frozen, program, images, onnx, lambda: _compare(frozen, openvino_ir.convert(onnx), "openvino"))
+    assert error is not None
+    return error
+
+
+def _place(xml: Path, files: list[Path]) -> None:
+    """Copy OpenVINO's two files; unlike OpenVINO, this raises the system's errors."""
+    for source, target in zip(files_of(xml, "openvino"), files, strict=True):
+        target.write_bytes(source.read_bytes())
+
+
+def _write_int8(frozen: FrozenT2TViT, program: Any, images: Tensor, files: list[Path], int8: Int8) -> Checked:
+    """Write an int8 program, made of the float32 one if that agrees with the model.
+
+    Raises:
+        ExportError: The float32 program differs, NNCF failed, or too few top-1 agree.
+    """
+    calibrate, held_out = int8.split()
+    with tempfile.TemporaryDirectory() as folder:
+        onnx = Path(folder, "model.onnx")
+        _require_equal(frozen, _save_for_openvino(frozen, program, images, onnx))
+        try:
+            xml = openvino_ir.quantise(onnx, calibrate)
+        except openvino_ir.QuantisationFailed as error:
+            raise ExportError(f"NNCF could not quantise the program: {error}") from error
+        run, device = openvino_ir.load(xml), frozen.model.cls_token.device
+        batches = held_out.split(16)
+        got = torch.cat([run(batch) for batch in batches])
+        want = torch.cat([frozen(batch.to(device)).cpu() for batch in batches])
+        share = openvino_ir.agreement(got, want)
+        if share < int8.min_agreement:
+            raise ExportError(
+                f"the int8 program has the same top-1 as the float32 model on {share:.1%} of {len(want)} held-out "
+                f"images, less than min_agreement={int8.min_agreement:.1%}: calibrate on more images of the kind that "
+                "it will see, accept less, or stay with float32"
+            )
+        _place(xml, files)
+    return Checked(relative_error(got, want), "OpenVINO", share, len(want))
 
 
 def _name_batch(graph: Any) -> None:
@@ -162,22 +302,25 @@ def _name_batch(graph: Any) -> None:
         value.shape[0] = "batch"
 
 
-def _write_torch(frozen: FrozenT2TViT, program: Any, images: Tensor, path: Path) -> tuple[float | None, str]:
+def _write_torch(frozen: FrozenT2TViT, program: Any, images: Tensor, files: list[Path]) -> Checked:
+    (path,) = files
     buffer = io.BytesIO()  # writing to a path, torch would hide the system's errors
     torch.export.save(program, buffer)
     path.write_bytes(buffer.getvalue())
-    return _compare(frozen, path, "torch"), "torch.export"
+    return Checked(_compare(frozen, path, "torch"), "torch.export")
 
 
-def _write_aoti(frozen: FrozenT2TViT, program: Any, images: Tensor, path: Path) -> tuple[float | None, str]:
+def _write_aoti(frozen: FrozenT2TViT, program: Any, images: Tensor, files: list[Path]) -> Checked:
+    (path,) = files
     buffer = io.BytesIO()
     torch._inductor.aoti_compile_and_package(program, package_path=buffer)
     path.write_bytes(buffer.getvalue())
-    return _compare(frozen, path, "aoti"), "AOTInductor"
+    return Checked(_compare(frozen, path, "aoti"), "AOTInductor")
 
 
-_WRITERS: dict[str, Callable[[FrozenT2TViT, Any, Tensor, Path], tuple[float | None, str]]] = {
+_WRITERS: dict[str, Callable[[FrozenT2TViT, Any, Tensor, list[Path]], Checked]] = {
     "onnx": _write_onnx,
+    "openvino": _write_openvino,
     "torch": _write_torch,
     "aoti": _write_aoti,
 }
@@ -194,15 +337,31 @@ def _compare(frozen: FrozenT2TViT, path: Path, format: str) -> float:
     return max(errors, key=lambda error: (error != error, error))
 
 
-def load(path: str | os.PathLike[str], format: str) -> Callable[[Tensor], Tensor]:
-    """The program in ``path``, as a function from images to logits; onnxruntime runs on the CPU."""
+def load(
+    path: str | os.PathLike[str],
+    format: str,
+    *,
+    precision: str = "f32",
+    threads: int | None = None,
+) -> Callable[[Tensor], Tensor]:
+    """The program in ``path``, as a function from images to logits; onnxruntime and OpenVINO run on the CPU.
+
+    Args:
+        path: The file.
+        format: Its format.
+        precision: As :func:`openvino_ir.load`.
+        threads: For onnxruntime and OpenVINO; None leaves the number to them.
+    """
     if format == "torch":
         return torch.export.load(path).module()
     if format == "aoti":
         return torch._inductor.aoti_load_package(str(path))
+    if format == "openvino":
+        return openvino_ir.load(Path(path), precision=precision, threads=threads)
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors
+    options.intra_op_num_threads = threads or 0  # 0: as many as there are cores
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(None, {"images": images.cpu().numpy()})[0])

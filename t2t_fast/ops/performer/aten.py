@@ -161,13 +161,16 @@ def _draw_mask(kqv: Tensor, rate: float) -> Tensor | None:
 
 
 class Kept(NamedTuple):
-    """What backward keeps: phi(k), p, y after the first skip, its LayerNorm's statistics, and fc1's output."""
+    """What backward keeps: phi(k), p, y after the first skip, its LayerNorm's statistics, and fc1's output.
+
+    A trace, whose backward is autograd's, has no statistics.
+    """
 
     phi_k: Tensor
     weights: Tensor
     y: Tensor
-    mean: Tensor
-    rstd: Tensor
+    mean: Tensor | None
+    rstd: Tensor | None
     hidden: Tensor
 
 
@@ -181,7 +184,11 @@ def token_performer_with_masks(kqv: Tensor, layer: Layer, masks: Masks, options:
     y = add_to(weights @ (phi_k.transpose(1, 2) @ v @ layer.proj_weight.t()), layer.proj_bias)
     y = add_to(y if masks.proj is None else y * masks.proj, v)
     affine = affine_for(y, layer.norm_weight, layer.norm_bias)
-    normed, mean, rstd = torch.native_layer_norm(y, channels(y), *affine, options.norm_eps)
+    mean = rstd = None
+    if torch.jit.is_tracing():  # nothing is kept, and OpenVINO's converter lacks the other operator
+        normed = F.layer_norm(y, channels(y), *affine, options.norm_eps)
+    else:
+        normed, mean, rstd = torch.native_layer_norm(y, channels(y), *affine, options.norm_eps)
     hidden = F.linear(normed, layer.fc1_weight, layer.fc1_bias)
     out = F.linear(F.gelu(hidden), layer.fc2_weight, layer.fc2_bias)
     out = add_to(out if masks.mlp is None else out * masks.mlp, y)
@@ -190,7 +197,7 @@ def token_performer_with_masks(kqv: Tensor, layer: Layer, masks: Masks, options:
 
 def _token_performer_flat(
     options: Options, kqv: Tensor, proj_mask: Tensor | None, mlp_mask: Tensor | None, *layer: Any
-) -> tuple[Tensor, ...]:
+) -> tuple[Any, ...]:
     """:func:`token_performer_with_masks`, all tensors side by side as autograd takes them."""
     out, kept = token_performer_with_masks(kqv, Layer(*layer), Masks(proj_mask, mlp_mask), options)
     return out, *kept
@@ -200,7 +207,7 @@ class _TokenPerformer(torch.autograd.Function):
     """:func:`_token_performer_flat` with the gradient of the definition, by hand."""
 
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, ...]:
+    def forward(*args: Any) -> tuple[Any, ...]:
         return _token_performer_flat(*args)
 
     @staticmethod

@@ -1,0 +1,56 @@
+"""Quantise an ONNX model to OpenVINO's int8, as a script: ``int8_worker.py MODEL.onnx IMAGES.npy OUT.xml``.
+
+A process of its own, which imports neither torch for itself nor this package: NNCF reports to its makers unless
+environment variables forbid it before it is imported, and it writes to standard output.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import nncf
+import numpy as np
+import openvino
+
+
+def quantise(onnx: str, images: str, xml: str) -> None:
+    """Write ``xml`` and its .bin: post-training quantisation, calibrated on ``images`` (N, C, H, W).
+
+    The tokens-to-token module stays in float32: an error in the exponent of the Performer's phi is multiplied.
+    """
+    program, samples = openvino.Core().read_model(onnx), np.load(images, mmap_mode="r")
+    quantised = nncf.quantize(
+        program,
+        nncf.Dataset([sample[None] for sample in samples]),
+        model_type=nncf.ModelType.TRANSFORMER,
+        subset_size=len(samples),
+        ignored_scope=nncf.IgnoredScope(names=tokens_to_token(program), validate=False),
+    )
+    openvino.serialize(quantised, xml)
+
+
+def tokens_to_token(program: Any) -> list[str]:
+    """The names of all that computes the tokens: what comes before they are joined with the class token.
+
+    Raises:
+        ValueError: They are joined nowhere.
+    """
+    for node in program.get_ordered_ops():
+        sources = [value.get_node() for value in node.input_values()]
+        expanded = any(source.get_type_name() == "Broadcast" for source in sources)
+        if node.get_type_name() == "Concat" and expanded and node.get_output_element_type(0).is_real():
+            break
+    else:
+        raise ValueError("no class token is joined with the others")
+    before: dict[str, None] = {}
+    while sources:
+        node = sources.pop()
+        if node.get_friendly_name() not in before:
+            before[node.get_friendly_name()] = None
+            sources += [value.get_node() for value in node.input_values()]
+    return list(before)
+
+
+if __name__ == "__main__":
+    quantise(*sys.argv[1:])
