@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.types import Device
 
 from ..checks import check_real, factory_options
+from ..ops.common.autograd import may_overwrite
 from .attention import attend, split_width
 from .mlp import apply_linear
-from .plain import is_plain_weight
+from .plain import are_plain, is_plain_weight, is_watched
 
 
 class ChannelScale(nn.Conv1d):
@@ -109,7 +110,24 @@ class GhostMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, C) to (B, N, C)."""
-        x1 = self.act(apply_linear(x, self.fc1, self.backend))
-        x2 = self.act(self.cheap_operation2(x1))
-        x3 = self.act(self.cheap_operation3(x1))
-        return self.drop(apply_linear(self.drop(torch.cat((x1, x2, x3), dim=-1)), self.fc2, self.backend))
+        hidden = self._hidden(apply_linear(x, self.fc1, self.backend))
+        return self.drop(apply_linear(self.drop(hidden), self.fc2, self.backend))
+
+    def _hidden(self, x: Tensor) -> Tensor:
+        """``gelu(x)`` and its two cheap copies, (B, N, C) to (B, N, 3C)."""
+        cheap = self.cheap_operation2, self.cheap_operation3
+        if torch.is_grad_enabled() or not may_overwrite() or not _are_plain(self.act, *cheap):
+            x1 = self.act(x)
+            return torch.cat((x1, *(self.act(copy(x1)) for copy in cheap)), dim=-1)
+        hidden = x.new_empty(*x.shape[:-1], 3 * x.shape[-1])
+        parts = hidden.chunk(3, dim=-1)
+        torch.ops.aten.gelu_.default(parts[0].copy_(x))
+        for part, copy in zip(parts[1:], cheap, strict=True):
+            torch.ops.aten.gelu_.default(torch.mul(parts[0], copy.weight.flatten(), out=part))
+        return hidden
+
+
+def _are_plain(act: nn.Module, *cheap: ChannelScale) -> bool:
+    """Whether library operations may run in place of the activation and the cheap operations."""
+    made = all(type(copy) is ChannelScale and is_plain_weight(copy.weight) for copy in cheap)
+    return made and are_plain(act) and not is_watched(*cheap)
