@@ -244,7 +244,7 @@ def test_variants_modes_and_precisions(tmp_path: Path) -> None:
     status = {(row["mode"], row["variant"]): row["status"] for row in read(path)["rows"]}
     assert status["inference", "auto"] == status["training", "auto"] == status["inference", "frozen"] == "ok"
     assert status["training", "frozen"] == "cannot run: frozen is for inference"
-    assert "has no 'native' implementation" in status["inference", "native"]
+    assert "cannot run: soft_split_linear: backend='native'" in status["inference", "native"]
     assert "graphs are CUDA's" in status["inference", "cuda-graph"]
     assert "has the precision of its weights" in status["inference", "aoti"]
     assert list(tmp_path.iterdir()) == [path]

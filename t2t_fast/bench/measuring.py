@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import t2t_fast
 from t2t_fast.bench import models
-from t2t_fast.bench.variants import INT8, CannotRun, Row, arithmetic, build, precision_of
+from t2t_fast.bench.variants import EXPORTED, INT8, CannotRun, Programs, Row, arithmetic, build, precision_of
 from t2t_fast.usage import UsageError
 
 # Accepted relative norm of the error of the logits and, in training, of all gradients together, by the dtype of the
@@ -25,6 +25,7 @@ GRADIENT_TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 1e-1, torch.float16:
 WORST_TENSOR = {torch.float32: 1e-3, torch.bfloat16: 0.75, torch.float16: 0.5}
 TF32_TOLERANCES = {"inference": 4e-3, "training": 2e-2}  # as many digits as float16
 MIN_REPEATS, MAX_REPEATS = 5, 100
+REST = 0.1  # seconds in which a runtime's threads stop waiting busily for more work
 SETTLED = 0.05  # warm: two consecutive runs differ by less
 Report = Callable[[str, int, int], None]
 
@@ -69,14 +70,16 @@ def device_name(device: torch.device, env: dict[str, Any]) -> str:
 class Oracle:
     """Weights of our models, and the exact results: the reference's logits or gradients in float64, cached."""
 
-    def __init__(self, images: Tensor, device: torch.device, seed: int) -> None:
+    def __init__(self, images: Tensor, device: torch.device, seed: int, programs: Programs | None = None) -> None:
         self.images, self.device, self.seed = images, device, seed
+        self.programs = programs or Programs()
         self._weights: dict[tuple[str, int], dict[str, Tensor]] = {}
         self._answers: dict[tuple[Any, ...], list[Tensor]] = {}
 
     def count(self, row: Row) -> int:
         """How many images are compared, a divisor of the batch size; few, as float64 is slow on a CPU."""
         most = min(8 if self.device.type == "cpu" else 32, 4 if row.mode == "training" else 32)
+        most = max(1, min(most, most * 224**2 // row.img_size**2))
         return max(size for size in range(1, most + 1) if row.batch_size % size == 0)
 
     def weights(self, row: Row) -> dict[str, Tensor] | None:
@@ -139,7 +142,7 @@ def prepare(rows: Sequence[Row], oracle: Oracle, report: Report, keep: Callable[
     for done, row in enumerate(rows):
         report(f"preparing {row.label}", done, len(rows))
         with guarded(row):
-            build(row, oracle.weights(row), oracle.device, oracle.seed, oracle.images)
+            build(row, oracle.weights(row), oracle.device, oracle.seed, oracle.images, oracle.programs)
             images = batch_for(row, oracle)
             check(row, oracle, images)
             if row.status == "pending":
@@ -298,6 +301,19 @@ def time_rows(
             planned = min(max(affordable, MIN_REPEATS), MAX_REPEATS)
     for row in rows:
         row.status = "ok"
+
+
+def time_after_rest(row: Row, images: Tensor) -> float:
+    """Seconds of one step after a rest and a step to warm up: another runtime's threads may still wait busily."""
+    assert row.step is not None
+    time.sleep(REST)
+    row.step(images)
+    return time_step(row, images)
+
+
+def shares_processor(rows: Sequence[Row]) -> bool:
+    """Whether some of these rows run in another runtime, with threads of its own, and others do not."""
+    return len({row.variant if row.variant in EXPORTED else None for row in rows}) > 1
 
 
 def time_step(row: Row, images: Tensor) -> float:

@@ -98,7 +98,8 @@ def _measured(files: Sequence[tuple[Path, Result]]) -> str:
     """A row for every machine, mode, precision and batch in which ``auto`` T2T-ViT-14 was measured at 224 px."""
     body: dict[tuple[Any, ...], list[str]] = {}
     for path, result in files:
-        if result["benchmark"] != "throughput" or result.get("with_loader"):  # it includes the loader's time
+        # A loader's time is included in the one, and the other is a table by itself.
+        if result["benchmark"] != "throughput" or result.get("with_loader") or result.get("grid"):
             continue
         kinds: dict[tuple[Any, ...], dict[tuple[Any, ...], float]] = {}
         for row in normalised(result):
@@ -126,7 +127,7 @@ def _best_of_others(rates: dict[tuple[Any, ...], float], precision: str) -> str:
 
 def _most_rows(files: Sequence[tuple[Path, Result]]) -> list[Row]:
     """The inference rows of a machine's largest file, in the file's first precision."""
-    results = (result for _, result in files if result["benchmark"] == "throughput")
+    results = (result for _, result in files if result["benchmark"] == "throughput" and not result.get("grid"))
     runs = [[row for row in normalised(result) if row["mode"] == "inference"] for result in results]
     runs = [[r for r in rows if r["batch_size"] != 1 and r["precision"] == rows[0]["precision"]] for rows in runs]
     return max(runs, key=len, default=[])

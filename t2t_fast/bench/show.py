@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,11 +17,14 @@ def show(result: dict[str, Any]) -> None:
     """Print the table, an explanation of its columns, and the failures."""
     console = wide_console(WIDTH)
     rows = result["rows"]
+    if result.get("grid"):  # the slowest cell first
+        rows = sorted(rows, key=lambda row: math.inf if row["speed"] is None else row["speed"])
+        rows = [row for row in rows if row["variant"] != "reference"]
     varied = [name for name in _SAME if len({row[name] for row in rows}) > 1]
-    latency = any(row["batch_size"] == 1 for row in rows)
+    latency = any(row["batch_size"] == 1 for row in rows) and not result.get("grid")
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.add_column("model", no_wrap=True)
-    table.add_column("variant")
+    table.add_column("variant", no_wrap=True)
     for name in varied:
         table.add_column({"batch_size": "batch", "img_size": "pixels"}.get(name, name))
     headings = ["params\n(M)", "MACs\n(G)", "images/s", "ms/batch", *(["p90, p99\n(ms)"] * latency)]

@@ -39,8 +39,29 @@ def megabytes(value: float) -> str:
     return f"{value / 1e6:.0f}"
 
 
+def grid(result: Result) -> str:
+    """One table for all image and batch sizes: how many times as fast as the reference."""
+    rows = [row for row in normalised(result) if row["variant"] not in (None, "reference")]
+    sizes = list(dict.fromkeys(row["img_size"] for row in rows))
+    batches = list(dict.fromkeys(row["batch_size"] for row in rows))
+    lines: dict[tuple[Any, ...], dict[tuple[int, int], str]] = {}
+    for row in rows:
+        cell = row["status"] if row.get("speed") is None else f"{row['speed']:.2f}"
+        line = lines.setdefault((row["model"], row["mode"], row["variant"]), {})
+        line[row["img_size"], row["batch_size"]] = cell
+    body = [[*key, *(" / ".join(line.get((s, b), "") for b in batches) for s in sizes)] for key, line in lines.items()]
+    title = f"Times as fast as the reference, {rows[0]['precision']}, batches of {' / '.join(map(str, batches))}"
+    slowest = min((row for row in rows if row.get("speed")), key=lambda row: row["speed"], default=None)
+    if slowest is not None:
+        title += f"; the slowest cell is {slowest['speed']:.2f}"
+    headings = ["model", "mode", "variant", *(f"{size} px" for size in sizes)]
+    return f"{title}:\n\n{markdown(headings, body)}"
+
+
 def throughput(result: Result) -> str:
     """A table for each mode, precision, batch and image size."""
+    if result.get("grid"):
+        return grid(result)
     kinds: dict[tuple[Any, ...], list[Row]] = {}
     for row in normalised(result):
         kinds.setdefault((row["mode"], row["precision"], row["batch_size"], row["img_size"]), []).append(row)

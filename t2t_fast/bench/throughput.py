@@ -33,13 +33,19 @@ from t2t_fast.bench.loader import Loader
 from t2t_fast.bench.plots import plot_macs
 from t2t_fast.bench.show import show
 from t2t_fast.bench.terminal import BarColumn, Console, Progress, TextColumn, TimeRemainingColumn
-from t2t_fast.bench.variants import EXPORTED, INT8, PRECISIONS, Row, product_dtype
+from t2t_fast.bench.variants import EXPORTED, INT8, PRECISIONS, Programs, Row, product_dtype
 from t2t_fast.config import BACKENDS
 from t2t_fast.env import collect_env
 from t2t_fast.usage import OneLineParser, UsageError
 
 MODELS = ("t2t_vit_14", "deit_small_patch16_224", "vit_small_patch16_224", "resnet50")
 VARIANTS = (*BACKENDS, "frozen", "compiled", "compiled-reference", "compiled-frozen", "cuda-graph", *EXPORTED)
+GRID: dict[str, Any] = {
+    "models": ["t2t_vit_7", "t2t_vit_14", "t2t_vit_t_14"],
+    "mode": ["inference", "training"],
+    "img_size": [32, 64, 128, 224, 384],
+    "batch_size": [1, 2, 16],
+}
 DEFAULT_VARIANTS = {"inference": ("reference", "auto", "frozen"), "training": ("reference", "auto")}
 BATCH_SIZES = {"cpu": 16, "cuda": 128}
 LATENCY_REPEATS = 100
@@ -56,6 +62,7 @@ examples:
   {run} --device cuda --precision bfloat16 float16 --batch-size 32 128 512
   {run} --models t2t_vit_14 --latency --variants auto frozen cuda-graph
   {run} --models zoo --variants reference frozen onnx openvino    exported programs
+  {run} --grid                       small to large images and batches, the slowest cell first
   {run} --images ~/imagenet/val --with-loader      decoding included
   {run} --models paper --output run.json           after an interruption: --resume run.json
 
@@ -102,6 +109,12 @@ def parse_arguments(argv: Sequence[str], prog: str = "throughput.py") -> argpars
         "CUDA, 32 elsewhere",
     )
     add("--latency", action="store_true", help=f"batches of 1, {LATENCY_REPEATS} rounds, percentiles")
+    add(
+        "--grid",
+        action="store_true",
+        help=f"other defaults: {', '.join(GRID['models'])}; {', '.join(map(str, GRID['img_size']))} px; batches of "
+        f"{', '.join(map(str, GRID['batch_size']))}; both modes",
+    )
     add("--img-size", nargs="+", type=positive_int, default=[224], metavar="PIXELS", help="default: 224")
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps", "xpu"), help="auto: a GPU if there is one")
     add("--repeats", type=positive_int, metavar="N", help="rounds; default: what the time budget allows, 5 to 100")
@@ -120,6 +133,9 @@ def parse_arguments(argv: Sequence[str], prog: str = "throughput.py") -> argpars
     add("--resume", type=Path, metavar="JSON", help="measure the rows that this file lacks, with its arguments")
     add("--no-plot", action="store_true", help="no plot beside the result file")
     options = parser.parse_args(argv)
+    if options.grid:
+        parser.set_defaults(**GRID)
+        options = parser.parse_args(argv)
     if options.resume and len(argv) > (1 if argv[0].startswith("--resume=") else 2):
         parser.error("--resume: goes on with the arguments in the file; leave all others out")
     if max(options.img_size) > MAX_IMG_SIZE:
@@ -249,6 +265,7 @@ class _Run:
             seed=SEED,
             time_budget=options.time_budget,
             with_loader=options.with_loader,
+            grid=options.grid,
             complete=False,
             passed=True,
             operations_per_second={},
@@ -260,6 +277,7 @@ class _Run:
             self.result |= {name: before[name] for name in kept if name in before}
             self.result["rows"] = [row for row in self.result["rows"] if row["status"] != "pending"]
             self.started -= before["total_seconds"]
+        self.programs = Programs()
         self.done = {tuple(row["asked"]) for row in self.result["rows"]}
 
     def measure(self) -> dict[str, Any]:
@@ -275,7 +293,7 @@ class _Run:
         images, self.result["images"] = load_images(
             options.images, options.synthetic, self.num_images, kind.img_size, SEED
         )
-        oracle = measuring.Oracle(images, self.device, SEED)
+        oracle = measuring.Oracle(images, self.device, SEED, self.programs)
         rows = make_rows(self.models, options, kind.mode, kind.precision, kind.img_size)
         rows = [row for row in rows if kind.asked(row) not in self.done]
         torch.set_float32_matmul_precision("high" if kind.precision == "tf32" else "highest")
@@ -283,7 +301,8 @@ class _Run:
         self._measure_product(kind.precision)
         for row in rows:
             self._set_batch(row, number, kind, oracle)
-        seconds_of = _clock(oracle, Loader(options.images, kind.img_size, self.device) if options.with_loader else None)
+        loader = Loader(options.images, kind.img_size, self.device) if options.with_loader else None
+        seconds_of = _clock(oracle, loader, measuring.shares_processor(rows) and self.device.type == "cpu")
         # Two batches of maximal size do not fit at once.
         groups = [[row] for row in rows] if kind.size == "max" else [rows]
         repeats = options.repeats or (LATENCY_REPEATS if options.latency else None)
@@ -328,15 +347,16 @@ class _Run:
         self.keep(self.path, self.result | {"rows": now})
 
 
-def _clock(oracle: measuring.Oracle, loader: Loader | None) -> Callable[[Row], float]:
+def _clock(oracle: measuring.Oracle, loader: Loader | None, rests: bool) -> Callable[[Row], float]:
     """A function that returns the seconds of one step of a row, on ready images or on those of the loader."""
+    time_one = measuring.time_after_rest if rests else measuring.time_step
 
     def seconds_of(row: Row) -> float:
         if loader is not None:
             return measuring.time_stream(row, lambda row: loader.next(row.batch_size, row.weight_dtype), loader.ahead)
         if row.images is None:
             row.images = measuring.batch_for(row, oracle)
-        return measuring.time_step(row, row.images)
+        return time_one(row, row.images)
 
     return seconds_of
 

@@ -98,12 +98,39 @@ class Row:
         self.module = self.step = self.images = None
 
 
+class Programs:
+    """A folder of exported programs, one for all batch sizes and threads; int8 ones with what was found about them."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        self._found: dict[Path, dict[str, Any]] = {}
+
+    def write(
+        self, row: Row, make: Callable[[], nn.Module], format: str, int8: t2t_fast.Int8 | None = None
+    ) -> tuple[Path, dict[str, Any]]:
+        """The row's model as ``format``, exported from ``make()`` unless it is there, and what ``export`` returned."""
+        suffix = {"onnx": "onnx", "openvino": "xml"}.get(format, "pt2")
+        dtype = "int8" if int8 else str(row.weight_dtype).removeprefix("torch.")
+        path = Path(self._folder.name, f"{row.model}-{row.img_size}-{dtype}-{format}.{suffix}")
+        if path not in self._found:
+            try:
+                self._found[path] = t2t_fast.export(make(), path, format, int8=int8)
+            except t2t_fast.ExportError as error:
+                raise CannotRun(str(error)) from error
+        return path, self._found[path]
+
+
 def build(
-    row: Row, weights: dict[str, Tensor] | None, device: torch.device, seed: int, images: Tensor | None = None
+    row: Row,
+    weights: dict[str, Tensor] | None,
+    device: torch.device,
+    seed: int,
+    images: Tensor | None = None,
+    programs: Programs | None = None,
 ) -> None:
     """Make the row's module and its step, a function of a batch of images.
 
-    ``images`` calibrate int8.
+    ``images`` calibrate int8; ``programs`` keeps what is exported, for rows that need the same.
 
     Raises:
         CannotRun: The variant does not support this mode or this machine.
@@ -124,7 +151,7 @@ def build(
     model = model.to(device, row.weight_dtype)
     module: Any = model
     if variant in EXPORTED:
-        module = _export(row, model, device, images)
+        module = _export(row, model, device, images, programs or Programs())
     if variant in FROZEN:
         module = t2t_fast.freeze(model)
     if variant.startswith("compiled"):
@@ -141,45 +168,31 @@ def build(
     row.step = _training_step(row, module, device) if row.mode == "training" else _forward(row, module, device)
 
 
-def _export(row: Row, model: nn.Module, device: torch.device, images: Tensor | None) -> Callable[[Tensor], Tensor]:
+def _export(
+    row: Row, model: nn.Module, device: torch.device, images: Tensor | None, programs: Programs
+) -> Callable[[Tensor], Tensor]:
     """The model exported to another runtime, checked and loaded, with as many threads as torch has."""
-    variant = str(row.variant)
+    variant, threads = str(row.variant), torch.get_num_threads()
     if PRECISIONS[row.precision][1]:
         raise CannotRun("an exported program has the precision of its weights, not autocast's")
     if variant == "onnx" and (device.type != "cpu" or row.precision == "bfloat16"):
         raise CannotRun("onnxruntime is measured on the CPU, in float32 and float16")
-    if variant in OPENVINO:
-        accepted = ("float32",) if variant == "openvino" else ("float32", "bfloat16")
-        if device.type != "cpu" or row.precision not in accepted:
-            raise CannotRun(f"{variant} is measured on the CPU, in {' and '.join(accepted)}")
-        return _openvino(row, model, images)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / ("model.onnx" if variant == "onnx" else "model.pt2")
-        _write(model, path, variant)
-        return load(path, variant, threads=torch.get_num_threads())
-
-
-def _openvino(row: Row, model: nn.Module, images: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """OpenVINO's program in float32, run in bfloat16 as the row asks for it; in int8 that is what is left of float."""
+    if variant not in OPENVINO:
+        path, _ = programs.write(row, lambda: model, variant)
+        return load(path, variant, threads=threads)
+    accepted = ("float32",) if variant == "openvino" else ("float32", "bfloat16")
+    if device.type != "cpu" or row.precision not in accepted:
+        raise CannotRun(f"{variant} is measured on the CPU, in {' and '.join(accepted)}")
     int8 = None
-    if row.variant == INT8:
+    if variant == INT8:
         assert images is not None
         int8 = t2t_fast.Int8(images, min_agreement=0)  # reported, not demanded: random weights leave near-ties
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "model.xml")
-        found = _write(model.float(), path, "openvino", int8)
-        row.agreement, row.held_out = found.get("agreement"), found.get("held_out")
-        in_bfloat16 = row.variant == "openvino-bf16" or row.precision == "bfloat16"
-        threads = torch.get_num_threads()
-        run = load(path, "openvino", precision="bf16" if in_bfloat16 else "f32", threads=threads)
+    # OpenVINO's program is in float32, and runs in bfloat16 as the row asks for it; in int8, what is left of float.
+    path, found = programs.write(row, model.float, "openvino", int8)
+    row.agreement, row.held_out = found.get("agreement"), found.get("held_out")
+    in_bfloat16 = variant == "openvino-bf16" or row.precision == "bfloat16"
+    run = load(path, "openvino", precision="bf16" if in_bfloat16 else "f32", threads=threads)
     return lambda images: run(images.float())
-
-
-def _write(model: nn.Module, path: Path, format: str, int8: t2t_fast.Int8 | None = None) -> dict[str, Any]:
-    try:
-        return t2t_fast.export(model, path, format, int8=int8)
-    except t2t_fast.ExportError as error:
-        raise CannotRun(str(error)) from error
 
 
 def precision_of(row: Row, device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -200,7 +213,7 @@ def _forward(row: Row, model: Callable[[Tensor], Tensor], device: torch.device) 
 def _training_step(row: Row, model: nn.Module, device: torch.device) -> Callable[[Tensor], None]:
     """Forward, backward and AdamW's update, for random labels, with the model's default dropout."""
     labels = torch.randint(1000, (row.batch_size,), device=device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=device.type in ("cpu", "cuda"))
     scaler = torch.amp.GradScaler(device.type, enabled=row.precision == "autocast-float16" and device.type == "cuda")
 
     def step(images: Tensor) -> None:
