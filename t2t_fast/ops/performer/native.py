@@ -39,7 +39,8 @@ def _complete(layer: Layer) -> Layer:
     channels = layer.proj_bias
     norm_weight = torch.ones_like(channels) if layer.norm_weight is None else layer.norm_weight
     norm_bias = torch.zeros_like(channels) if layer.norm_bias is None else layer.norm_bias
-    return Layer(*(t.float() for t in layer._replace(norm_weight=norm_weight, norm_bias=norm_bias)))
+    complete: Any = layer._replace(norm_weight=norm_weight, norm_bias=norm_bias)
+    return Layer(*(t.float() for t in complete))
 
 
 def why_not_token_performer(kqv: Tensor, layer: Layer, options: Options) -> str | None:
