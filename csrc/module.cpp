@@ -44,14 +44,14 @@ TORCH_LIBRARY_FRAGMENT(T2T_FAST_LIBRARY, library) {
       " Tensor proj_weight, Tensor proj_bias, Tensor norm_weight, Tensor norm_bias, Tensor fc1_weight, Tensor fc1_bias,"
       " Tensor fc2_weight, Tensor fc2_bias, Tensor total, Tensor summary, float eps, float norm_eps, bool needs_w)"
       " -> Tensor[]");
-  library.impl("performer_layer_backward", torch::dispatch(c10::DispatchKey::CPU, &t2t::performer_layer_backward));
-  library.impl("performer_layer", torch::dispatch(c10::DispatchKey::CPU, &t2t::performer_layer));
   library.def(
       "windows_linear(Tensor image, Tensor weight, Tensor? offset, int[2] kernel_size, int[2] stride, int[2] padding,"
       " bool normed, float eps) -> Tensor");
-  library.impl("windows_linear", torch::dispatch(c10::DispatchKey::CPU, &t2t::windows_linear));
-  library.impl("attention_backward", torch::dispatch(c10::DispatchKey::CPU, &t2t::attention_backward));
   library.impl("attention", torch::dispatch(c10::DispatchKey::CPU, &t2t::attention));
+  library.impl("attention_backward", torch::dispatch(c10::DispatchKey::CPU, &t2t::attention_backward));
+  library.impl("performer_layer", torch::dispatch(c10::DispatchKey::CPU, &t2t::performer_layer));
+  library.impl("performer_layer_backward", torch::dispatch(c10::DispatchKey::CPU, &t2t::performer_layer_backward));
+  library.impl("windows_linear", torch::dispatch(c10::DispatchKey::CPU, &t2t::windows_linear));
   for (const auto key : {c10::DispatchKey::CPU, c10::DispatchKey::CUDA}) {
     library.impl("se_gate", torch::dispatch(key, &t2t::se_gate));
     library.impl("se_gate_backward", torch::dispatch(key, &t2t::se_gate_backward));

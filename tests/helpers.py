@@ -13,6 +13,7 @@ from torch import Tensor
 
 from t2t_fast import ops
 from t2t_fast.bench.samples import Sample, tensors_of
+from t2t_fast.ops.common import extension
 
 
 @dataclass(frozen=True)
@@ -116,10 +117,30 @@ def function_of(op: str, sample: Sample, *fixed: str, **options: Any) -> tuple[C
     return function, list(tensors.values())
 
 
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+MATMULS = (torch.float32, torch.bfloat16)  # those of the extension
+
+
+def with_dtypes(backends: Sequence[str], native: Sequence[torch.dtype] = MATMULS) -> list[tuple[str, torch.dtype]]:
+    """Each backend with every dtype that it takes: ``native`` for the backend of that name."""
+    return [(b, dtype) for b in backends for dtype in DTYPES if b != "native" or dtype in native]
+
+
+def widest(backend: str) -> torch.dtype:
+    """The most precise dtype that a backend takes, of those whose matmuls the extension has."""
+    return torch.float32 if backend == "native" else torch.float64
+
+
 def skip_unless_possible(backend: str, *dtypes: torch.dtype) -> None:
-    """Skip what the interpreter, which stands in for a GPU, cannot do."""
+    """Skip what the interpreter, which stands in for a GPU, cannot do, and what this build of the extension cannot."""
     if backend == "triton" and torch.bfloat16 in dtypes and not torch.cuda.is_available():
         pytest.skip("Triton's interpreter multiplies bfloat16 wrongly: needs a GPU")
+    if backend == "native":
+        if torch.empty(0).device.type != "cpu":
+            pytest.skip("the extension's matmuls are for the CPU")
+        for reason in (extension.why_not_loaded, *map(extension.why_not_multiply, dtypes)):
+            if reason is not None:
+                pytest.skip(reason)
 
 
 def leaves(*tensors: Tensor | None) -> list[Tensor | None]:

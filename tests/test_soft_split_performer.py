@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_close, gradients, skip_unless_possible
+from helpers import assert_close, gradients, skip_unless_possible, widest, with_dtypes
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -24,7 +24,7 @@ from t2t_fast.ops.soft_splits.arguments import Geometry, Split
 
 pytestmark = pytest.mark.usefixtures("on_device", "poisoned")
 
-BACKENDS = ("reference", "aten", "triton")
+BACKENDS = ("reference", "aten", "triton", "native")
 CASES = {
     "image": Sizes(channels=3, grid=(30, 23), geometry=Geometry((7, 7), (4, 4), (2, 2)), features=12, hidden=24),
     "tokens": Sizes(batch=3, channels=20, grid=(5, 7), as_tokens=True, dim=16, features=8, hidden=40),
@@ -41,8 +41,7 @@ def make(case: str, dtype: torch.dtype = torch.float64) -> tuple[list[Tensor], d
 
 
 @pytest.mark.parametrize("case", list(CASES))
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("backend", "dtype"), with_dtypes(BACKENDS))
 def test_inference(case: str, backend: str, dtype: torch.dtype) -> None:
     skip_unless_possible(backend, dtype)
     tensors, geometry = make(case, dtype)
@@ -55,8 +54,7 @@ def test_inference(case: str, backend: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("case", ["image", "tokens"])
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("backend", "dtype"), with_dtypes(BACKENDS))
 def test_folded(case: str, backend: str, dtype: torch.dtype) -> None:
     """Both LayerNorms in the weights behind them, as in a frozen model."""
     skip_unless_possible(backend, dtype)
@@ -82,16 +80,20 @@ def test_folded(case: str, backend: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", ["image", "tokens"])
 def test_gradients(case: str, backend: str) -> None:
-    tensors, geometry = make(case)
-    w = tensors.pop(5)
+    dtype = widest(backend)
+    skip_unless_possible(backend, dtype)
+    tensors, geometry = make(case, dtype)
+    exact = [t.double() for t in tensors]
+    w, exact_w = tensors.pop(5), exact.pop(5)
 
-    def function(backend: str) -> Any:
+    def function(w: Tensor, backend: str) -> Any:
         return lambda *t: ops.soft_split_performer(*t[:5], w, *t[5:], **geometry, backend=backend)
 
-    grad = torch.randn_like(function("reference")(*tensors))
-    wanted = gradients(function("reference"), tensors, grad)
-    for found, want in zip(gradients(function(backend), tensors, grad), wanted, strict=True):
-        assert_close(found, want, torch.float64, 4000, grad=True)
+    literal = function(exact_w, "reference")
+    grad = torch.randn_like(literal(*exact)).to(dtype)
+    wanted = gradients(literal, exact, grad.double())
+    for found, want in zip(gradients(function(w, backend), tensors, grad), wanted, strict=True):
+        assert_close(found, want, dtype, 4000, grad=True)
 
 
 class Operators(TorchDispatchMode):
@@ -236,7 +238,7 @@ def test_the_module_keeps_little_for_backward() -> None:
     module = TokensToToken(embed_dim=32, token_dim=64).to(torch.empty(0).device)
     images, kept = torch.randn(4, 3, 96, 96), {}
     weights = {p.untyped_storage().data_ptr() for p in module.parameters()}
-    for backend in BACKENDS:
+    for backend in ("reference", "triton"):
         sizes: dict[int, int] = {}
 
         def pack(t: Tensor, sizes: dict[int, int] = sizes) -> Tensor:

@@ -113,6 +113,21 @@ OPERATORS = {
     ),
 }
 OPERATORS_OF_EXTENSION = {
+    "attention": "(Tensor q, Tensor k, Tensor v, float scale, bool differentiate) -> (Tensor output, Tensor lse)",
+    "attention_backward": (
+        "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor output, Tensor lse, float scale) -> (Tensor q, Tensor k, "
+        "Tensor v)"
+    ),
+    "performer_layer": (
+        "(Tensor kqv, Tensor? proj_mask, Tensor? mlp_mask, Tensor w, Tensor proj_weight, Tensor proj_bias, Tensor "
+        "norm_weight, Tensor norm_bias, Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, Tensor fc2_bias, float "
+        "eps, float norm_eps) -> (Tensor output, Tensor total, Tensor summary)"
+    ),
+    "performer_layer_backward": (
+        "(Tensor grad, Tensor kqv, Tensor? proj_mask, Tensor? mlp_mask, Tensor w, Tensor proj_weight, Tensor "
+        "proj_bias, Tensor norm_weight, Tensor norm_bias, Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, "
+        "Tensor fc2_bias, Tensor total, Tensor summary, float eps, float norm_eps, bool needs_w) -> Tensor[]"
+    ),
     "se_gate": (
         "(Tensor x, Tensor w_reduce, Tensor w_expand, Tensor? residual, Tensor? scale) -> (Tensor output, Tensor "
         "mean, Tensor reduced, Tensor gate)"
@@ -131,6 +146,10 @@ OPERATORS_OF_EXTENSION = {
         "w_reduce, Tensor w_expand, Tensor? scale, Tensor hidden, Tensor product, Tensor mean, Tensor reduced, "
         "Tensor gate) -> (Tensor x, Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, Tensor fc2_bias, "
         "Tensor w_reduce, Tensor w_expand, Tensor scale)"
+    ),
+    "windows_linear": (
+        "(Tensor image, Tensor weight, Tensor? offset, int[2] kernel_size, int[2] stride, int[2] padding, bool normed, "
+        "float eps) -> Tensor"
     ),
 }
 # Arguments of each command, and of each script in benchmarks/.

@@ -39,8 +39,7 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q_, const Tensor& k_, const T
   const DeviceScope scope(q_);
   const Tensor q = by_token(q_), k = by_token(k_), v = by_token(v_), output = empty_like(q);
   const Tensor lse = at::empty({differentiate ? q.size(0) : 0, q.size(1), q.size(2)}, q.options().dtype(at::kFloat));
-  if (q.numel() == 0) return {output, lse};
-  TORCH_CHECK_VALUE(k.size(2) > 0, "attention needs at least one key, got k of shape ", k.sizes());
+  if (q.numel() == 0 || k.numel() == 0) return {output.zero_(), lse.zero_()};
   const Attend arguments{sizes(q, k, scale), head_tokens(q), head_tokens(k), head_tokens(v), head_tokens(output),
                          differentiate ? lse.data_ptr<float>() : nullptr};
   q.scalar_type() == at::kBFloat16 ? attend_bfloat16(arguments) : attend_float32(arguments);
@@ -48,15 +47,19 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q_, const Tensor& k_, const T
 }
 
 std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_, const Tensor& q_, const Tensor& k_,
-                                                      const Tensor& v_, const Tensor& output, const Tensor& lse,
+                                                      const Tensor& v_, const Tensor& output_, const Tensor& lse_,
                                                       double scale) {
   const DeviceScope scope(q_);
-  const Tensor grad = by_token(grad_), q = by_token(q_), k = by_token(k_), v = by_token(v_);
+  TORCH_CHECK_VALUE(lse_.numel() == q_.size(0) * q_.size(1) * q_.size(2),
+                    "lse has shape ", lse_.sizes(), ": the forward pass was told not to differentiate");
+  const Tensor q = by_token(q_), k = by_token(k_), v = by_token(v_), output = by_token(output_);
+  const Tensor grad = by_token(grad_.to(q.scalar_type())), lse = lse_.contiguous();
   const Tensor dq = empty_like(q), dk = empty_like(k), dv = empty_like(v);
-  if (q.numel() == 0) return {dq, dk.zero_(), dv.zero_()};
+  if (q.numel() == 0 || k.numel() == 0) return {dq.zero_(), dk.zero_(), dv.zero_()};
   // Few heads share their keys among threads. The parts are the same for any number of threads, and so are the sums.
   constexpr int64_t kTasks = 8, kKeysOfPart = 192;
-  const int64_t parts = std::clamp<int64_t>(k.size(2) / kKeysOfPart, 1, std::max<int64_t>(1, kTasks / (q.size(0) * q.size(1))));
+  const int64_t most = std::max<int64_t>(1, kTasks / (q.size(0) * q.size(1)));
+  const int64_t parts = std::clamp<int64_t>(k.size(2) / kKeysOfPart, 1, most);
   const Tensor partial = at::empty({parts > 1 ? parts : 0, q.numel()}, lse.options());
   const AttendBackward arguments{sizes(q, k, scale), head_tokens(q), head_tokens(k), head_tokens(v),
                                  head_tokens(output), head_tokens(grad), head_tokens(dq), head_tokens(dk),

@@ -106,8 +106,7 @@ struct Backward<Format>::Work {
       q.pack(first, count, rows_of(queries, block), f.queries_ / Format::kPerUnit);
       grad.pack(first, count, rows_of(grads, block), f.queries_ / Format::kPerUnit);
     }
-    // Queries beyond the last get weights of zero: exp(-infinity).
-    std::fill(lse, lse + f.blocks_ * f.queries_, -kNothing);
+    std::fill(lse, lse + f.blocks_ * f.queries_, 0.0f);
     std::fill(along, along + f.blocks_ * f.queries_, 0.0f);
     for (int64_t query = 0; query < f.a_.queries_count; ++query) {
       lse[query] = f.a_.lse[head * f.a_.queries_count + query] * kLog2E;
@@ -135,8 +134,7 @@ struct Backward<Format>::Work {
       multiply_to<Format>(d_values, weights, rows_of(grads, block), height, f.width_, depth, block > 0);
       multiply_to<Format>(d_keys, d_weights, rows_of(queries, block), height, f.width_, depth, block > 0);
       const Matrix to{d_queries.row(block * f.queries_), d_queries.stride};
-      // The rows of this block alone: those beyond belong to the next one.
-      multiply_rows(to, packed_keys, Format::units(height));
+      add_to_queries(to, packed_keys, Format::units(height));
     }
     const Tokens<Format> dk(f.a_, f.a_.d_keys, head), dv(f.a_, f.a_.d_values, head);
     for (int64_t row = 0; row < count; ++row) {
@@ -167,6 +165,13 @@ struct Backward<Format>::Work {
                          (weight * (sums[c] - mean)).store(d_weights.row(row) + column + c * kLanes);
                        }
                      });
+    // Of no query: an infinite key or value makes them NaN.
+    const int64_t count = std::min(f.queries_, f.a_.queries_count - block * f.queries_);
+    for (int64_t row = 0; row < height; ++row) {
+      for (const Matrix* matrix : {&weights, &d_weights}) {
+        std::fill(matrix->row(row) + count, matrix->row(row) + f.queries_, 0.0f);
+      }
+    }
   }
 
   // d_scores (queries, keys in units) from d_weights (keys, queries).
@@ -184,7 +189,7 @@ struct Backward<Format>::Work {
   }
 
   // d_queries of a block += d_scores keys; a tile's last rows may be the next block's, which get nothing.
-  void multiply_rows(const Matrix& to, const Matrix& by, int64_t depth) {
+  void add_to_queries(const Matrix& to, const Matrix& by, int64_t depth) {
     const int64_t height = round_up(f.queries_, kRows);
     for (int64_t row = f.queries_; row < height; ++row) std::fill(d_scores.row(row), d_scores.row(row + 1), 0.0f);
     multiply_to<Format>(to, d_scores, by, height, f.width_, depth, true);

@@ -85,8 +85,7 @@ struct Forward<Format>::Work {
   void attend(int64_t first) {
     const int64_t count = std::min(kQueries, f.a_.queries_count - first);
     height = round_up(count, kRows);
-    // The largest score must come from the largest product: a negative scale gives its sign to the queries.
-    Tokens<Format>(f.a_, f.a_.queries, head).copy(first, count, queries, height, f.a_.scale < 0);
+    Tokens<Format>(f.a_, f.a_.queries, head).copy(first, count, queries, height);
     for (int64_t block = 0; block < f.blocks_; ++block) {
       score(block);
       for (int64_t row = 0; row < height; ++row) weigh(row, block == 0);
@@ -101,20 +100,21 @@ struct Forward<Format>::Work {
     }
   }
 
-  // The block's scores, and the largest of each row, a vector of candidates.
+  // The block's scores, times log2(e), and the largest of each row, a vector of candidates.
   void score(int64_t block) {
     std::fill(mask, mask + keys_in(block), 0.0f);
     std::fill(mask + keys_in(block), mask + f.keys_, kNothing);
     for (int64_t row = 0; row < height; ++row) Vector(kNothing).store(top.row(row));
+    const Vector scale(f.a_.scale * kLog2E);
     multiply<Format>(
-        queries, keys_of(block), height, f.keys_, f.units_,
-        [&](int64_t, int64_t column) { return Vector::loadu(mask + column); },
+        queries, keys_of(block), height, f.keys_, f.units_, [](int64_t, int64_t) { return Vector(0.0f); },
         [&]<int C>(int64_t row, int64_t column, const Vector (&sums)[C]) {
           Vector best = Vector::loadu(top.row(row));
 #pragma GCC unroll 4
           for (int c = 0; c < C; ++c) {
-            best = at::vec::clamp_min(sums[c], best);
-            sums[c].store(scores.row(row) + column + c * kLanes);
+            const Vector score = at::vec::fmadd(sums[c], scale, Vector::loadu(mask + column + c * kLanes));
+            best = at::vec::clamp_min(score, best);
+            score.store(scores.row(row) + column + c * kLanes);
           }
           best.store(top.row(row));
         });
@@ -122,22 +122,22 @@ struct Forward<Format>::Work {
 
   // Scores become weights, in `Format` and in place; earlier sums are scaled to the new maximum.
   void weigh(int64_t row, bool is_first) {
-    const float scale = std::abs(f.a_.scale) * kLog2E, found = largest(Vector::loadu(top.row(row))) * scale;
-    const float before = is_first ? kNothing : maximum[row], now = std::max(found, before);
-    const Vector factor(scale), shift(-now);
+    const float before = is_first ? kNothing : maximum[row];
+    const float now = std::max(largest(Vector::loadu(top.row(row))), before);
+    const Vector shift(now == kNothing ? 0.0f : now);  // no difference of infinities: later keys may have weights
     float* line = scores.row(row);
     Vector sums(0.0f);
     for (int64_t key = 0; key < f.keys_; key += kLanes * Format::kPerUnit) {
       Vector weights[Format::kPerUnit];
 #pragma GCC unroll 2
       for (int i = 0; i < Format::kPerUnit; ++i) {
-        weights[i] = power_of_two(at::vec::fmadd(Vector::loadu(line + key + i * kLanes), factor, shift));
+        weights[i] = power_of_two(Vector::loadu(line + key + i * kLanes) - shift);
         sums = sums + weights[i];
       }
       Format::store_all(weights, line + key / Format::kPerUnit);
     }
     maximum[row] = now;
-    const float faded = is_first ? 0.0f : std::exp2(before - now);
+    const float faded = is_first ? 0.0f : before == now ? 1.0f : std::exp2(before - now);
     total[row] = is_first ? sum(sums) : total[row] * faded + sum(sums);
     if (faded == 1.0f) return;
     float* out = output.row(row);

@@ -26,7 +26,7 @@ struct Attend : Sizes {
 struct AttendBackward : Sizes {
   HeadTokens queries, keys, values, output, grad, d_queries, d_keys, d_values;
   const float* lse;
-  float* partial;  // (parts, images, heads, queries_count, channels): zeros, or null if there is one part
+  float* partial;  // (parts, images, heads, queries_count, channels), or null if there is one part
   int64_t parts;   // shares of the keys, which are worked on at the same time
 };
 

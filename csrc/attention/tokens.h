@@ -20,9 +20,9 @@ class Tokens {
 
   Element* token(int64_t index) const { return data_ + index * stride_; }
 
-  // Rows of `out`: `count` tokens from `first` on, with the other sign if asked for, and zeros up to `height` rows.
-  void copy(int64_t first, int64_t count, const Matrix& out, int64_t height, bool negate = false) const {
-    for (int64_t row = 0; row < count; ++row) Format::copy(token(first + row), channels_, negate, out.row(row));
+  // Rows of `out`: `count` tokens from `first` on, and zeros up to `height` rows.
+  void copy(int64_t first, int64_t count, const Matrix& out, int64_t height) const {
+    for (int64_t row = 0; row < count; ++row) Format::copy(token(first + row), channels_, out.row(row));
     std::fill(out.row(count), out.row(height), 0.0f);
   }
 

@@ -21,10 +21,9 @@ struct BFloat16 {
     _mm512_storeu_si512(to, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(values[1], values[0])));
   }
 
-  static void copy(const Element* from, int64_t channels, bool negate, float* to) {
-    auto* line = reinterpret_cast<uint16_t*>(to);
-    for (int64_t c = 0; c < channels; ++c) line[c] = from[c].x ^ (negate ? 0x8000 : 0);
-    if (channels % 2) line[channels] = 0;
+  static void copy(const Element* from, int64_t channels, float* to) {
+    std::memcpy(to, from, channels * sizeof(Element));
+    if (channels % 2) reinterpret_cast<uint16_t*>(to)[channels] = 0;
   }
 
   // Two tokens, `stride` apart, or one and zeros, channel by channel.

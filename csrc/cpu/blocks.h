@@ -13,7 +13,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <functional>
 #include <limits>
 #include <type_traits>
 #include <vector>
@@ -193,10 +192,7 @@ struct Float32 {
 
   static void store_all(const Vector (&values)[1], float* to) { values[0].store(to); }
 
-  static void copy(const float* from, int64_t channels, bool negate, float* to) {
-    if (!negate) std::copy(from, from + channels, to);
-    else std::transform(from, from + channels, to, std::negate<float>());
-  }
+  static void copy(const float* from, int64_t channels, float* to) { std::copy(from, from + channels, to); }
 
   static void pack(const float* from, int64_t, int64_t, int64_t channels, float* to) {
     std::copy(from, from + channels, to);

@@ -2,8 +2,9 @@
 #include "layer.h"
 
 #include <ATen/DimVector.h>
+#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/matmul.h>
+#include <ATen/ops/mm.h>
 #include <ATen/ops/sum.h>
 #include <c10/util/Exception.h>
 
@@ -55,6 +56,37 @@ struct Arguments {
   TokenLayer layer;
 };
 
+constexpr int64_t kSlots = 32;  // shares of a sum over images, at most
+
+// (images, m, E) times (E, E), image by image: a matmul of the library that shares its work among threads may add up in
+// another order for another number of them.
+Tensor multiply_each(const Tensor& left, const Tensor& right) {
+  const Tensor out = at::empty({left.size(0), left.size(1), right.size(1)}, left.options());
+  at::parallel_for(0, left.size(0), 1, [&](int64_t begin, int64_t end) {
+    const DeviceScope scope(left);  // threads have dispatch keys of their own
+    for (int64_t image = begin; image < end; ++image) {
+      Tensor to = out.select(0, image);
+      at::mm_out(to, left.select(0, image), right);
+    }
+  });
+  return out;
+}
+
+// The sum over images of left^T right, (E, E), for (images, m, E) both.
+Tensor multiply_and_sum(const Tensor& left, const Tensor& right) {
+  const int64_t images = left.size(0), slots = std::min(kSlots, images);
+  const Tensor sums = at::empty({slots, left.size(2), right.size(2)}, left.options());
+  at::parallel_for(0, slots, 1, [&](int64_t begin, int64_t end) {
+    const DeviceScope scope(left);
+    for (int64_t slot = begin; slot < end; ++slot) {
+      const int64_t first = images * slot / slots, count = images * (slot + 1) / slots - first;
+      Tensor to = sums.select(0, slot);
+      at::mm_out(to, left.narrow(0, first, count).flatten(0, 1).t(), right.narrow(0, first, count).flatten(0, 1));
+    }
+  });
+  return sums.sum(0);
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> performer_layer(const Tensor& kqv, const OptionalTensor& proj_mask,
@@ -76,7 +108,7 @@ std::tuple<Tensor, Tensor, Tensor> performer_layer(const Tensor& kqv, const Opti
   summarize(layer, {total.data_ptr<float>(), summary.data_ptr<float>()});
   total = layer.parts == 1 ? total.squeeze(1) : total.sum(1);
   summary = layer.parts == 1 ? summary.squeeze(1) : summary.sum(1);
-  const Tensor projected = at::matmul(summary, arguments.proj_weight().t()).contiguous();
+  const Tensor projected = multiply_each(summary, arguments.proj_weight().t());
   respond(layer, {total.const_data_ptr<float>(), projected.const_data_ptr<float>()}, output.data_ptr());
   return {output, total, summary};
 }
@@ -96,10 +128,9 @@ std::vector<Tensor> performer_layer_backward(const Tensor& grad_, const Tensor& 
   const int64_t images = layer.images, parts = layer.parts, features = layer.features, channels = layer.channels;
   const Tensor grad = grad_.to(kqv.scalar_type()).contiguous(), total = total_.contiguous();
   const Tensor summary = summary_.contiguous();
-  const Tensor projected = at::matmul(summary, arguments.proj_weight().t()).contiguous();
+  const Tensor projected = multiply_each(summary, arguments.proj_weight().t());
   const Attended attended{total.const_data_ptr<float>(), projected.const_data_ptr<float>()};
 
-  constexpr int64_t kSlots = 32;
   const int64_t slots = std::min(kSlots, images * parts);
   std::vector<Tensor> sums;
   for (const Tensor& weight : arguments.weights) {
@@ -120,7 +151,7 @@ std::vector<Tensor> performer_layer_backward(const Tensor& grad_, const Tensor& 
                    grads);
   along = along.sum(1);
   d_projected = d_projected.sum(1);
-  const Tensor d_summary = at::matmul(d_projected, arguments.proj_weight()).contiguous();
+  const Tensor d_summary = multiply_each(d_projected, arguments.proj_weight());
   keys_backward(layer,
                 {dy.const_data_ptr<float>(), along.const_data_ptr<float>(), d_summary.const_data_ptr<float>(),
                  d_kqv.data_ptr()},
@@ -129,7 +160,7 @@ std::vector<Tensor> performer_layer_backward(const Tensor& grad_, const Tensor& 
   std::vector<Tensor> result{d_kqv};
   for (size_t i = 0; i < sums.size(); ++i) {
     if (i == 0 && !needs_w) result.push_back(arguments.floats({0}));
-    else if (i == 1) result.push_back(at::matmul(d_projected.flatten(0, 1).t(), summary.flatten(0, 1)));
+    else if (i == 1) result.push_back(multiply_and_sum(d_projected, summary));
     else result.push_back(sums[i].sum(0));
   }
   return result;

@@ -279,8 +279,8 @@ struct Response : Block<T> {
     for (int64_t row = 0; row < this->height; ++row) {
       float* line = p.row(row);
       const float sum = sum_columns(s.features, [&](int64_t c) { return at(line, c) * at(total, c); });
-      const Vector factor(1.0f / (sum + layer.eps));
-      for_columns(s.features, [&](int64_t c) { (at(line, c) * factor).store(line + c); });
+      const Vector denominator(sum + layer.eps);
+      for_columns(s.features, [&](int64_t c) { (at(line, c) / denominator).store(line + c); });
     }
     if (layer.proj_mask != nullptr) this->template load<T>(layer.proj_mask, layer.channels, 0, mask);
     multiply<Float32>(

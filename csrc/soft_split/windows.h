@@ -144,7 +144,7 @@ struct Windows<Format>::Band {
       std::fill(line, inside, Element(0));
       std::fill(inside + a.width * w.channels_, line + w.pitch_, Element(0));
       const Element* values = from + source * a.row_stride;
-      if (a.channel_stride == 1 && a.column_stride == w.channels_) {
+      if (a.channels == w.channels_ && a.channel_stride == 1 && a.column_stride == a.channels) {
         std::copy(values, values + a.width * w.channels_, inside);
         continue;
       }

@@ -39,7 +39,8 @@ def _complete(layer: Layer) -> Layer:
     channels = layer.proj_bias
     norm_weight = torch.ones_like(channels) if layer.norm_weight is None else layer.norm_weight
     norm_bias = torch.zeros_like(channels) if layer.norm_bias is None else layer.norm_bias
-    return Layer(*(t.float() for t in layer._replace(norm_weight=norm_weight, norm_bias=norm_bias)))
+    complete: Any = layer._replace(norm_weight=norm_weight, norm_bias=norm_bias)
+    return Layer(*(t.float() for t in complete))
 
 
 def why_not_token_performer(kqv: Tensor, layer: Layer, options: Options) -> str | None:
@@ -139,14 +140,25 @@ def _by_library(eps: float, norm_eps: float) -> Any:
     return run
 
 
-def _flops_of_layer(kqv: Tensor, proj_mask: Any, mlp_mask: Any, w: Tensor, *rest: Any, **kwargs: Any) -> int:
-    _, _, _, _, fc1_weight, _, fc2_weight, *_ = rest
-    tokens = kqv.shape[0] * kqv.shape[1]
-    return 2 * tokens * (4 * w.numel() + w.shape[0] + fc1_weight.numel() + fc2_weight.numel())
+def _flops_of_layer(kqv: Tensor, proj_mask: Any, mlp_mask: Any, *rest: Any, **kwargs: Any) -> int:
+    """Both phi, their two products, the denominators, the MLP; and the projection of each image's summary."""
+    return _count(kqv, *rest, of_w=4, of_fc1=1, of_fc2=1, of_proj=1)
 
 
-def _flops_of_layer_backward(grad: Tensor, *args: Any, **kwargs: Any) -> int:
-    return 3 * _flops_of_layer(*args)
+def _flops_of_layer_backward(
+    grad: Tensor, kqv: Tensor, proj_mask: Any, mlp_mask: Any, *rest: Any, **kwargs: Any
+) -> int:
+    """Three of forward's products with phi and that with fc1 are computed again."""
+    *layer, _, _, _, _, needs_w = rest
+    return _count(kqv, *layer, of_w=11 if needs_w else 9, of_fc1=3, of_fc2=2, of_proj=3)
+
+
+def _count(kqv: Tensor, *layer: Any, of_w: int, of_fc1: int, of_fc2: int, of_proj: int) -> int:
+    """Two per multiply-add, for so many matmuls of each size."""
+    w, proj_weight, _, _, _, fc1_weight, _, fc2_weight, *_ = layer
+    per_token = of_w * w.numel() + w.shape[0] + of_fc1 * fc1_weight.numel() + of_fc2 * fc2_weight.numel()
+    per_image = of_proj * w.shape[0] * proj_weight.numel()
+    return 2 * kqv.shape[0] * (kqv.shape[1] * per_token + per_image)
 
 
 if extension.module is not None:
