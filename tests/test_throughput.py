@@ -340,6 +340,9 @@ def test_runtimes_are_timed_after_a_rest(monkeypatch: pytest.MonkeyPatch) -> Non
     ours.step = lambda images: events.append("step")
     assert 0 <= measuring.time_after_rest(ours, torch.zeros(1)) < 1
     assert events == ["rest", "step", "step"]
+    ours.seconds.append(1.0)  # a long step needs no other to warm up
+    measuring.time_after_rest(ours, torch.zeros(1))
+    assert events[3:] == ["rest", "step"]
 
 
 def test_latency(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

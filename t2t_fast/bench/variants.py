@@ -187,8 +187,9 @@ def _export(
     if variant == INT8:
         assert images is not None
         int8 = t2t_fast.Int8(images, min_agreement=0)  # reported, not demanded: random weights leave near-ties
-    # OpenVINO's program is in float32, and runs in bfloat16 as the row asks for it; in int8, what is left of float.
-    path, found = programs.write(row, model.float, "openvino", int8)
+    # The program is in float32 and runs in bfloat16 as the row asks for it; in int8, what is left of float. OpenVINO
+    # reads ONNX itself, so that one export serves both runtimes.
+    path, found = programs.write(row, model.float, "openvino" if int8 else "onnx", int8)
     row.agreement, row.held_out = found.get("agreement"), found.get("held_out")
     in_bfloat16 = variant == "openvino-bf16" or row.precision == "bfloat16"
     run = load(path, "openvino", precision="bf16" if in_bfloat16 else "f32", threads=threads)
