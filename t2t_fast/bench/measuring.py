@@ -304,7 +304,7 @@ def time_rows(
 
 
 def time_after_rest(row: Row, images: Tensor) -> float:
-    """Seconds of one step after a rest, as another runtime's threads may still wait busily; a short one is warmed up."""
+    """Seconds of one step after a rest, as another runtime's threads may wait busily; a short one is warmed up."""
     assert row.step is not None
     time.sleep(REST)
     if not row.seconds or row.seconds[-1] < 3 * REST:

@@ -95,7 +95,7 @@ def load(xml: Path, *, precision: str = "f32", threads: int | None = None) -> Ca
     """The program as a function from images to logits on the CPU, for one request at a time.
 
     Args:
-        xml: The program, beside its .bin.
+        xml: The program, beside its .bin; or an ONNX file.
         precision: In which OpenVINO computes what is float32 in the program: ``"f32"`` or ``"bf16"``. Left to itself,
             it takes bfloat16 where the CPU has it.
         threads: None leaves the number to OpenVINO.
