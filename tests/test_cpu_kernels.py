@@ -66,7 +66,11 @@ def assert_right(function: Any, tensors: Sequence[Tensor], dtype: torch.dtype, r
     ids=str,
 )
 def test_attention_of_any_size(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
-    assert_right(attend(0.4), attention(*sizes, dtype), dtype, max(sizes) * sizes[-1])
+    function, tensors = attend(0.4), attention(*sizes, dtype)
+    if sizes[3] > 1:
+        return assert_right(function, tensors, dtype, max(sizes) * sizes[-1])
+    # The softmax of one score: the gradients of queries and keys vanish.
+    assert_close(function(*tensors, **NATIVE), tensors[2].double().expand_as(tensors[0]), dtype, 1)
 
 
 @pytest.mark.usefixtures("poisoned")

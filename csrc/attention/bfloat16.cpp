@@ -20,7 +20,9 @@ namespace t2t {
 
 void attend_bfloat16(const Attend&) { TORCH_CHECK(false, "this build of the extension has no bfloat16 matmuls"); }
 
-void attend_backward_bfloat16(const AttendBackward&) { attend_bfloat16({}); }
+void attend_backward_bfloat16(const AttendBackward&) {
+  TORCH_CHECK(false, "this build of the extension has no bfloat16 matmuls");
+}
 
 }  // namespace t2t
 #endif

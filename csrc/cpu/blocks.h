@@ -129,7 +129,9 @@ inline Vector power_of_two(const Vector& x) {
   const Vector bounded = at::vec::clamp_min(x, Vector(-160.0f));
   const Vector whole = bounded.round(), rest = bounded - whole;
   Vector power(0.00132764725f);
-  for (const float c : {0.00967554189f, 0.0555071309f, 0.240221202f, 0.693146944f, 1.00000012f}) power = at::vec::fmadd(power, rest, Vector(c));
+  for (const float c : {0.00967554189f, 0.0555071309f, 0.240221202f, 0.693146944f, 1.00000012f}) {
+    power = at::vec::fmadd(power, rest, Vector(c));
+  }
   return _mm512_scalef_ps(power, whole);
 #else
   return (x * Vector(0.693147181f)).exp_u20();

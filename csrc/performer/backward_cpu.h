@@ -154,8 +154,6 @@ struct QueriesPass : Response<T> {
 
   void store_dy(int64_t image, float* to) { this->template store<float>(dy, to, layer.channels, 0); }
 
-  static Vector at(const float* row, int64_t column) { return Vector::loadu(row + column); }
-
   using Block<T>::s;
   using Block<T>::layer;
   Scratch more;

@@ -72,7 +72,7 @@ struct Weights {
       w = scratch.take(layer.features, row_stride(width));
       fc1 = scratch.take(layer.hidden, row_stride(width));
       fc2 = scratch.take(layer.channels, row_stride(hidden));
-      vectors = scratch.take(6, std::max(width, hidden));
+      vectors = scratch.take(5, std::max(width, hidden));
       no_feature = scratch.take(1, features).data;
       channel = scratch.take(1, width).data;
     }
@@ -116,7 +116,7 @@ struct Block {
   Matrix over_hidden() { return scratch.take(kTokens, row_stride(s.hidden)); }
   Matrix across(int64_t columns) { return scratch.take(round_up(columns, kRows), row_stride(kTokens)); }
 
-  // run(first, count) for the blocks of a part of an image's tokens.
+  // run() for each block of a part of an image's tokens.
   template <class F>
   void for_blocks(int64_t image_, int64_t part, F&& run) {
     image = image_;
@@ -151,12 +151,13 @@ struct Block {
     const float half_log = 0.5f * std::log2(static_cast<float>(layer.features));
     float shifts[kTokens];
     for (int64_t row = 0; row < height; ++row) {
-      const float square = sum_columns(s.width, [&](int64_t c) { return t2t::at(z.row(row), c) * t2t::at(z.row(row), c); });
+      const float* values = z.row(row);
+      const float square = sum_columns(s.width, [&](int64_t c) { return at(values, c) * at(values, c); });
       shifts[row] = -0.5f * kLog2E * square - half_log;
     }
     multiply<Float32>(
         z, s.w_across, height, s.features, layer.channels,
-        [&](int64_t row, int64_t column) { return Vector(shifts[row]) + t2t::at(s.no_feature, column); },
+        [&](int64_t row, int64_t column) { return Vector(shifts[row]) + at(s.no_feature, column); },
         [&]<int C>(int64_t row, int64_t column, const Vector (&sums)[C]) {
 #pragma GCC unroll 4
           for (int c = 0; c < C; ++c) power_of_two(sums[c]).store(phi.row(row) + column + c * kLanes);
@@ -334,8 +335,6 @@ struct Response : Block<T> {
           }
         });
   }
-
-  static Vector at(const float* row, int64_t column) { return Vector::loadu(row + column); }
 
   using Block<T>::s;
   using Block<T>::layer;
