@@ -134,7 +134,8 @@ inline Vector power_of_two(const Vector& x) {
   }
   return _mm512_scalef_ps(power, whole);
 #else
-  return (x * Vector(0.693147181f)).exp_u20();
+  const Vector power = (x * Vector(0.693147181f)).exp_u20();
+  return Vector::blendv(power, x, x.isnan());  // exp_u20 makes a number of NaN
 #endif
 }
 
