@@ -86,10 +86,9 @@ def _in_parts(qkv: LinearWeights, packed: PackedLinear | None, x: Tensor) -> tup
     width = x.shape[-1]
     weights = qkv.weight.split((width, 2 * width))
     biases = (None, None) if qkv.bias is None else qkv.bias.split((width, 2 * width))
+    onednn: Sequence[Tensor | None] = (None, None) if qkv.onednn is None else weights
     if packed is not None:
         onednn = packed.packed(x.dtype, (0, width)), packed.packed(x.dtype, (width, 3 * width))
-    else:
-        onednn = weights if qkv.onednn is not None else (None, None)
     query, rest = [LinearWeights(*part) for part in zip(weights, biases, onednn, strict=True)]
     return query, rest
 
