@@ -31,5 +31,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
     info["nvcc"] = T2T_FAST_NVCC;
     info["architectures"] = T2T_FAST_ARCHITECTURES;
     return info;
-  }, "Compilers, flags, whether there are bfloat16 matmuls, CUDA architectures (empty: no CUDA) and torch version of this build.");
+  }, "Compilers, flags, torch, CUDA architectures (empty: no CUDA), and whether there are bfloat16 matmuls.");
 }

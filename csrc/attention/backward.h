@@ -153,7 +153,8 @@ struct Backward<Format>::Work {
 #pragma GCC unroll 4
                        for (int c = 0; c < C; ++c) {
                          const Vector shift = Vector::loadu(shifts + column + c * kLanes);
-                         power_of_two(at::vec::fmsub(sums[c], scale, shift)).store(weights.row(row) + column + c * kLanes);
+                         const Vector weight = power_of_two(at::vec::fmsub(sums[c], scale, shift));
+                         weight.store(weights.row(row) + column + c * kLanes);
                        }
                      });
     multiply<Format>(values, across_of(grads_across, block), height, f.queries_, f.units_, zero,

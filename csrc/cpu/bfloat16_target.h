@@ -1,5 +1,5 @@
-// Include this first in a file for AVX512's bfloat16 matmuls, which a CPU with AVX512 may lack. Where the build can have
-// them, T2T_BFLOAT16 is defined, and what stands between T2T_BFLOAT16_BEGIN and T2T_BFLOAT16_END is compiled for them.
+// Include this first in a file for AVX512's bfloat16 matmuls, which a CPU with AVX512 may lack. Where the build can
+// have them, T2T_BFLOAT16 is defined, and what T2T_BFLOAT16_BEGIN and T2T_BFLOAT16_END enclose is compiled for them.
 // All of that must be in an unnamed namespace: headers that other files share, too, are included here, outside.
 #pragma once
 

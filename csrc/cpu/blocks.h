@@ -140,7 +140,8 @@ inline Vector power_of_two(const Vector& x) {
 }
 
 inline float largest(const Vector& vector) {
-  return at::vec::vec_reduce_all<float>([](const Vector& a, const Vector& b) { return at::vec::clamp_min(a, b); }, vector);
+  const auto larger = [](const Vector& a, const Vector& b) { return at::vec::clamp_min(a, b); };
+  return at::vec::vec_reduce_all<float>(larger, vector);
 }
 
 inline float sum(const Vector& vector) {

@@ -1,7 +1,8 @@
 // The passes of a Performer token layer over its tokens (arXiv 2101.11986, section 3.1), on the CPU.
 //
 // With phi(z) = exp(w z - |z|^2 / 2) / sqrt(m), S = sum of phi(k) and A = sum of phi(k) v^T over an image's tokens:
-//   p = phi(q) / (phi(q) . S + eps),  y = v + mask1 (p (A P^T) + b),  out = y + mask2 (F2 gelu(F1 LayerNorm(y) + b1) + b2)
+//   p = phi(q) / (phi(q) . S + eps),  y = v + mask1 (p (A P^T) + b),
+//   out = y + mask2 (F2 gelu(F1 LayerNorm(y) + b1) + b2)
 // Tokens are float32 or 16 bits wide; all else, and all arithmetic, is float32.
 #pragma once
 

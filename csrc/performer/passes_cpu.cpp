@@ -187,7 +187,8 @@ void clear(const Matrix& matrix, int64_t rows) { std::fill(matrix.data, matrix.r
 // to (rows, columns) = or += the rows of `from`.
 void unpad(const Matrix& from, int64_t rows, int64_t columns, float* to, bool add = false) {
   for (int64_t row = 0; row < rows; ++row) {
-    for (int64_t c = 0; c < columns; ++c) to[row * columns + c] = from.row(row)[c] + (add ? to[row * columns + c] : 0.0f);
+    float* line = to + row * columns;
+    for (int64_t c = 0; c < columns; ++c) line[c] = from.row(row)[c] + (add ? line[c] : 0.0f);
   }
 }
 
