@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -336,13 +337,13 @@ def test_runtimes_are_timed_after_a_rest(monkeypatch: pytest.MonkeyPatch) -> Non
     assert not measuring.shares_processor([ours, timm])
     assert measuring.shares_processor([ours, other])
     events: list[str] = []
-    monkeypatch.setattr(measuring.time, "sleep", lambda seconds: events.append("rest"))
+    clock = itertools.count()
+    monkeypatch.setattr(measuring, "REST", 2.5)
+    monkeypatch.setattr(measuring.time, "sleep", lambda seconds: events.append(f"rest of {seconds}"))
+    monkeypatch.setattr(measuring.time, "perf_counter", lambda: float(next(clock)))
     ours.step = lambda images: events.append("step")
-    assert 0 <= measuring.time_after_rest(ours, torch.zeros(1)) < 1
-    assert events == ["rest", "step", "step"]
-    ours.seconds.append(1.0)  # a long step needs no other to warm up
-    measuring.time_after_rest(ours, torch.zeros(1))
-    assert events[3:] == ["rest", "step"]
+    assert measuring.time_after_rest(ours, torch.zeros(1)) == 1.0
+    assert events == ["rest of 2.5", "step", "step", "step"]  # two of them in the 2.5 seconds
 
 
 def test_latency(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

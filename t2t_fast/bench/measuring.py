@@ -25,7 +25,7 @@ GRADIENT_TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 1e-1, torch.float16:
 WORST_TENSOR = {torch.float32: 1e-3, torch.bfloat16: 0.75, torch.float16: 0.5}
 TF32_TOLERANCES = {"inference": 4e-3, "training": 2e-2}  # as many digits as float16
 MIN_REPEATS, MAX_REPEATS = 5, 100
-REST = 0.1  # seconds in which a runtime's threads stop waiting busily for more work
+REST = 0.2  # seconds in which a runtime's threads stop waiting busily for more work
 SETTLED = 0.05  # warm: two consecutive runs differ by less
 Report = Callable[[str, int, int], None]
 
@@ -304,10 +304,11 @@ def time_rows(
 
 
 def time_after_rest(row: Row, images: Tensor) -> float:
-    """Seconds of one step after a rest, as another runtime's threads may wait busily; a short one is warmed up."""
+    """Seconds of one step after a rest, as another runtime's threads may wait busily, and after REST seconds of steps."""
     assert row.step is not None
     time.sleep(REST)
-    if not row.seconds or row.seconds[-1] < 3 * REST:
+    warm = time.perf_counter() + REST
+    while time.perf_counter() < warm:
         row.step(images)
     return time_step(row, images)
 
