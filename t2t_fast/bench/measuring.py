@@ -304,7 +304,7 @@ def time_rows(
 
 
 def time_after_rest(row: Row, images: Tensor) -> float:
-    """Seconds of one step after a rest, as another runtime's threads may wait busily, and after REST seconds of steps."""
+    """Seconds of one step after a rest, as another runtime's threads may wait busily, and REST seconds of steps."""
     assert row.step is not None
     time.sleep(REST)
     warm = time.perf_counter() + REST
