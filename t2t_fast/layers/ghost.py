@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.types import Device
 
 from ..checks import check_real, factory_options
-from ..ops.common.autograd import may_overwrite
+from ..ops.common.autograd import runs_eagerly
 from .attention import attend, split_width
 from .mlp import apply_linear
 from .plain import are_plain, is_plain_weight, is_watched
@@ -116,7 +116,7 @@ class GhostMlp(nn.Module):
     def _hidden(self, x: Tensor) -> Tensor:
         """``gelu(x)`` and its two cheap copies, (B, N, C) to (B, N, 3C)."""
         cheap = self.cheap_operation2, self.cheap_operation3
-        if torch.is_grad_enabled() or not may_overwrite() or not _are_plain(self.act, *cheap):
+        if torch.is_grad_enabled() or not runs_eagerly(x) or not _are_plain(x, self.act, *cheap):
             x1 = self.act(x)
             return torch.cat((x1, *(self.act(copy(x1)) for copy in cheap)), dim=-1)
         hidden = x.new_empty(*x.shape[:-1], 3 * x.shape[-1])
@@ -127,7 +127,9 @@ class GhostMlp(nn.Module):
         return hidden
 
 
-def _are_plain(act: nn.Module, *cheap: ChannelScale) -> bool:
-    """Whether library operations may run in place of the activation and the cheap operations."""
-    made = all(type(copy) is ChannelScale and is_plain_weight(copy.weight) for copy in cheap)
+def _are_plain(x: Tensor, act: nn.Module, *cheap: ChannelScale) -> bool:
+    """Whether library operations may run in place of the activation and the cheap operations of ``x``."""
+    made = all(
+        type(copy) is ChannelScale and is_plain_weight(copy.weight) and copy.weight.dtype == x.dtype for copy in cheap
+    )
     return made and are_plain(act) and not is_watched(*cheap)
