@@ -403,3 +403,20 @@ def test_keys_must_fit_the_queries() -> None:
             ops.attention(q, torch.randn(shape), torch.randn(shape), 0.5)
     with pytest.raises(ValueError, match="v must have shape the shape of k"):
         ops.attention(q, torch.randn(2, 3, 5, 4), torch.randn(2, 3, 6, 4), 0.5)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_pruned_heads(frozen: bool) -> None:
+    """The last block's attention may be narrower than the tokens."""
+    model = small("t2t_vit_7").eval().double()
+    attn: Any = model.blocks[-1].attn
+    width, narrow = model.embed_dim, model.embed_dim // 2
+    attn.num_heads //= 2
+    attn.qkv = torch.nn.Linear(width, 3 * narrow, dtype=torch.float64)
+    attn.proj = torch.nn.Linear(narrow, width, dtype=torch.float64)
+    images = seeded_images(2, 32, 32).double()
+    with torch.no_grad():
+        want = model.forward_head(model.forward_features(images))
+        run: Any = t2t_fast.freeze(model) if frozen else model
+        torch.testing.assert_close(run(images), want, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(model(images), want, rtol=1e-9, atol=1e-11)

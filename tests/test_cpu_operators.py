@@ -252,3 +252,17 @@ def test_inference_keeps_nothing_and_changes_nothing(op: str) -> None:
     assert lse.numel() == 0
     with pytest.raises(ValueError, match=r"lse has shape .*not to differentiate"):
         torch.ops.t2t_fast.attention_backward(output, q, k, v, output, lse, 0.5)
+
+
+def test_wrong_dtypes_are_refused_by_the_operators() -> None:
+    q = torch.randn(1, 2, 5, 4)
+    for other in (q.half(), q.double()):
+        with pytest.raises(TypeError, match="accepted: float32, bfloat16"):
+            torch.ops.t2t_fast.attention(other, other, other, 0.5, False)
+    with pytest.raises(TypeError, match="differ in dtype"):
+        torch.ops.t2t_fast.attention(q, q.bfloat16(), q, 0.5, False)
+    with pytest.raises(ValueError, match="do not fit"):
+        torch.ops.t2t_fast.attention(q, q[..., :3], q[..., :3], 0.5, False)
+    image, weight = torch.randn(1, 3, 8, 8, dtype=torch.float64), torch.randn(4, 27)
+    with pytest.raises(TypeError, match="accepted: float32, bfloat16"):
+        torch.ops.t2t_fast.windows_linear(image, weight, None, (3, 3), (2, 2), (1, 1), False, 0.0)

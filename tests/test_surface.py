@@ -174,7 +174,7 @@ SCRIPTS = {
     "resources": "--arch --kind --dry-run --json",
     "scaling": "--batch-size --result --flops --efficiency --bandwidth --node --link --network --latency --overlap "
     "--write",
-    "throughput": "--models --variants --backends --mode --precision --dtype --batch-size --latency --img-size "
+    "throughput": "--models --variants --backends --mode --precision --dtype --batch-size --latency --grid --img-size "
     "--device --repeats --time-budget --images --synthetic --with-loader --output --resume --no-plot",
     "tune": "--tables --kinds --batch-size --time-budget --again --tiny --output",
 }

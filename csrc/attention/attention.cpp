@@ -32,10 +32,21 @@ Sizes sizes(const Tensor& q, const Tensor& k, double scale) {
   return {q.size(0), q.size(1), q.size(2), k.size(2), q.size(3), static_cast<float>(scale)};
 }
 
+void check(const Tensor& q, const Tensor& k, const Tensor& v) {
+  const auto dtype = q.scalar_type();
+  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kBFloat16,
+                   "q has dtype ", dtype, "; accepted: float32, bfloat16");
+  TORCH_CHECK_TYPE(k.scalar_type() == dtype && v.scalar_type() == dtype, "q, k and v differ in dtype");
+  TORCH_CHECK_VALUE(q.dim() == 4 && k.dim() == 4 && k.sizes() == v.sizes() && q.size(0) == k.size(0) &&
+                        q.size(1) == k.size(1) && q.size(3) == k.size(3),
+                    "q, k and v have shapes ", q.sizes(), ", ", k.sizes(), ", ", v.sizes(), ", which do not fit");
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor> attention(const Tensor& q_, const Tensor& k_, const Tensor& v_, double scale,
                                      bool differentiate) {
+  check(q_, k_, v_);
   const DeviceScope scope(q_);
   const Tensor q = by_token(q_), k = by_token(k_), v = by_token(v_), output = empty_like(q);
   const Tensor lse = at::empty({differentiate ? q.size(0) : 0, q.size(1), q.size(2)}, q.options().dtype(at::kFloat));
@@ -49,11 +60,12 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q_, const Tensor& k_, const T
 std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_, const Tensor& q_, const Tensor& k_,
                                                       const Tensor& v_, const Tensor& output_, const Tensor& lse_,
                                                       double scale) {
+  check(q_, k_, v_);
   const DeviceScope scope(q_);
   TORCH_CHECK_VALUE(lse_.numel() == q_.size(0) * q_.size(1) * q_.size(2),
                     "lse has shape ", lse_.sizes(), ": the forward pass was told not to differentiate");
-  const Tensor q = by_token(q_), k = by_token(k_), v = by_token(v_), output = by_token(output_);
-  const Tensor grad = by_token(grad_.to(q.scalar_type())), lse = lse_.contiguous();
+  const Tensor q = by_token(q_), k = by_token(k_), v = by_token(v_), output = by_token(output_.to(q.scalar_type()));
+  const Tensor grad = by_token(grad_.to(q.scalar_type())), lse = lse_.to(at::kFloat).contiguous();
   const Tensor dq = empty_like(q), dk = empty_like(k), dv = empty_like(v);
   if (q.numel() == 0 || k.numel() == 0) return {dq.zero_(), dk.zero_(), dv.zero_()};
   // Few heads share their keys among threads. The parts are the same for any number of threads, and so are the sums.

@@ -43,7 +43,7 @@ struct QueriesPass : Response<T> {
       this->attend();
       this->template load<T>(to.grad, layer.channels, 0, grad);
       differentiate_mlp();
-      store_dy(image, to.dy);
+      this->template store<float>(dy, to.dy, layer.channels, 0);
       mask_by(layer.proj_mask, dy);
       add_column_sums(masked, this->height, layer.channels, d_vectors.row(0));
       this->add_outer(this->p, layer.features, room, masked, s.width, d_projected);
@@ -151,8 +151,6 @@ struct QueriesPass : Response<T> {
       });
     }
   }
-
-  void store_dy(int64_t image, float* to) { this->template store<float>(dy, to, layer.channels, 0); }
 
   using Block<T>::s;
   using Block<T>::layer;

@@ -14,6 +14,8 @@ using at::Tensor;
 Tensor windows_linear(const Tensor& image, const Tensor& weight_, const std::optional<Tensor>& offset_,
                       at::IntArrayRef kernel_size, at::IntArrayRef stride, at::IntArrayRef padding, bool normed,
                       double eps) {
+  TORCH_CHECK_TYPE(image.scalar_type() == at::kFloat || image.scalar_type() == at::kBFloat16,
+                   "image has dtype ", image.scalar_type(), "; accepted: float32, bfloat16");
   const DeviceScope scope(image);
   const Tensor weight = weight_.to(at::kFloat).contiguous();
   const Tensor offset = offset_.has_value() ? offset_->to(at::kFloat).contiguous() : Tensor();

@@ -362,7 +362,7 @@ def largest_batch(row: Row, oracle: Oracle, limit: int = 1 << 16) -> int:
     def fits(size: int) -> bool:
         trial = Row(**{**row.__dict__, "batch_size": size, "status": "pending", "seconds": []})
         with guarded(trial):
-            build(trial, oracle.weights(trial), oracle.device, oracle.seed, oracle.images)
+            build(trial, oracle.weights(trial), oracle.device, oracle.seed, oracle.images, oracle.programs)
             time_step(trial, batch_for(trial, oracle))
         trial.drop()
         if trial.status not in ("pending", "out of memory"):
@@ -384,7 +384,7 @@ def best_batch(row: Row, oracle: Oracle, limit: int) -> int:
     while size <= limit and falls < 2:
         trial = Row(**{**row.__dict__, "batch_size": size, "status": "pending", "seconds": []})
         with guarded(trial):
-            build(trial, oracle.weights(trial), oracle.device, oracle.seed, oracle.images)
+            build(trial, oracle.weights(trial), oracle.device, oracle.seed, oracle.images, oracle.programs)
             images = batch_for(trial, oracle)
             settle(trial, images, 5)
             rate = size / statistics.median(time_step(trial, images) for _ in range(3))

@@ -19,7 +19,6 @@ def show(result: dict[str, Any]) -> None:
     rows = result["rows"]
     if result.get("grid"):  # the slowest cell first
         rows = sorted(rows, key=lambda row: math.inf if row["speed"] is None else row["speed"])
-        rows = [row for row in rows if row["variant"] != "reference"]
     varied = [name for name in _SAME if len({row[name] for row in rows}) > 1]
     latency = any(row["batch_size"] == 1 for row in rows) and not result.get("grid")
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
@@ -31,6 +30,8 @@ def show(result: dict[str, Any]) -> None:
     for heading in (*headings, "speed", "of a\nproduct", "error", "top-1"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
+        if result.get("grid") and row["variant"] == "reference":
+            continue
         table.add_row(row["model"], row["variant"] or "-", *(str(row[name]) for name in varied), *_cells(row, latency))
     console.print(table)
     console.print()

@@ -47,14 +47,17 @@ def grid(result: Result) -> str:
     lines: dict[tuple[Any, ...], dict[tuple[int, int], str]] = {}
     for row in rows:
         cell = row["status"] if row.get("speed") is None else f"{row['speed']:.2f}"
-        line = lines.setdefault((row["model"], row["mode"], row["variant"]), {})
+        line = lines.setdefault((row["model"], row["mode"], row["precision"], row["variant"]), {})
         line[row["img_size"], row["batch_size"]] = cell
     body = [[*key, *(" / ".join(line.get((s, b), "") for b in batches) for s in sizes)] for key, line in lines.items()]
-    title = f"Times as fast as the reference, {rows[0]['precision']}, batches of {' / '.join(map(str, batches))}"
-    slowest = min((row for row in rows if row.get("speed")), key=lambda row: row["speed"], default=None)
-    if slowest is not None:
-        title += f"; the slowest cell is {slowest['speed']:.2f}"
-    headings = ["model", "mode", "variant", *(f"{size} px" for size in sizes)]
+    title = f"Times as fast as the reference, batches of {' / '.join(map(str, batches))}"
+    timed = [row for row in rows if row.get("speed") is not None]
+    if timed:
+        slowest = min(timed, key=lambda row: row["speed"])
+        where = ", ".join(str(slowest[name]) for name in ("model", "variant", "mode"))
+        title += f"; the slowest cell is {slowest['speed']:.2f} ({where}, {slowest['img_size']} px, "
+        title += f"batch {slowest['batch_size']})"
+    headings = ["model", "mode", "precision", "variant", *(f"{size} px" for size in sizes)]
     return f"{title}:\n\n{markdown(headings, body)}"
 
 

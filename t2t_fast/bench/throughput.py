@@ -162,7 +162,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "throughput.py") -> int:
         result = measure(options, argv, keep)
         show(result)
         assert path is not None
-        plain = "--no-plot" in shlex.split(result["command"])  # a resumed run's, too
+        plain = result["grid"] or "--no-plot" in shlex.split(result["command"])  # a resumed run's, too
         pictures = [] if plain else plot_macs(result["rows"], result["hardware"], path)
     except UsageError as error:
         print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -110,7 +110,7 @@ class Programs:
     ) -> tuple[Path, dict[str, Any]]:
         """The row's model as ``format``, exported from ``make()`` unless it is there, and what ``export`` returned."""
         suffix = {"onnx": "onnx", "openvino": "xml"}.get(format, "pt2")
-        dtype = "int8" if int8 else str(row.weight_dtype).removeprefix("torch.")
+        dtype = str(row.weight_dtype).removeprefix("torch.") + ("-int8" if int8 else "")
         path = Path(self._folder.name, f"{row.model}-{row.img_size}-{dtype}-{format}.{suffix}")
         if path not in self._found:
             try:

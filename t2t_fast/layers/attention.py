@@ -102,7 +102,7 @@ class Attention(nn.Module):
         qkv: Any = self.qkv
         kind = None if num_tokens is None or is_watched(qkv) else class_of(qkv)
         if kind in (nn.Linear, PackedLinear) and is_plain_weight(qkv.weight):
-            width, first = x.shape[-1], x[:, :num_tokens]
+            width, first = qkv.weight.shape[0] // 3, x[:, :num_tokens]
             if kind is PackedLinear:
                 q, kv = qkv(first, (0, width)), qkv(x, (width, 3 * width))
             else:

@@ -74,21 +74,23 @@ def weights_for(block: Any, x: Any, num_tokens: int | None = None) -> BlockWeigh
     qkv, proj, fc1, fc2 = [LinearWeights(w["weight"], w["bias"], o) for w, o in zip(weights, onednn, strict=True)]
     query = None
     if num_tokens is not None:
-        query, qkv = _in_parts(qkv, linears[0] if packed else None, x)
+        query, qkv = _in_parts(qkv, linears[0] if packed else None, x.dtype)
     norm1, norm2 = _norm_of(norms[0], x), _norm_of(norms[1], x)
     native = backend == "auto" and multiplies(x.device.type, x.dtype)
     heads = attn.num_heads, attn.head_dim
     return BlockWeights(norm1, query, qkv, proj, norm2, fc1, fc2, *heads, attn.scale, native)
 
 
-def _in_parts(qkv: LinearWeights, packed: PackedLinear | None, x: Tensor) -> tuple[LinearWeights, LinearWeights]:
-    """The Linear of the queries, and that of keys and values; packed if ``qkv`` is ``packed``."""
-    width = x.shape[-1]
+def _in_parts(
+    qkv: LinearWeights, packed: PackedLinear | None, dtype: torch.dtype
+) -> tuple[LinearWeights, LinearWeights]:
+    """The Linear of the queries, and that of keys and values; packed for ``dtype`` if ``qkv`` is ``packed``."""
+    width = qkv.weight.shape[0] // 3  # not that of the tokens where heads were pruned
     weights = qkv.weight.split((width, 2 * width))
     biases = (None, None) if qkv.bias is None else qkv.bias.split((width, 2 * width))
     onednn: Sequence[Tensor | None] = (None, None) if qkv.onednn is None else weights
     if packed is not None:
-        onednn = packed.packed(x.dtype, (0, width)), packed.packed(x.dtype, (width, 3 * width))
+        onednn = packed.packed(dtype, (0, width)), packed.packed(dtype, (width, 3 * width))
     query, rest = [LinearWeights(*part) for part in zip(weights, biases, onednn, strict=True)]
     return query, rest
 

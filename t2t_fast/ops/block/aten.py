@@ -29,8 +29,8 @@ _HAS_ONEDNN = (
     and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 )
 _HAS_BFLOAT16 = _HAS_ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-# Multiply-adds of a float32 matmul from which oneDNN's operator is faster: each call takes about 10 us to set up, and
-# with gradients it is a custom operator, three calls of it and autograd's.
+# Multiply-adds of a float32 matmul from which oneDNN's operator is faster: each call takes about 10 us to set up, with
+# gradients three times and autograd's calls besides.
 _SMALL = 3 << 18
 _SMALL_WITH_GRADIENTS = 1 << 22
 
