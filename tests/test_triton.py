@@ -379,7 +379,7 @@ def test_the_model_takes_the_kernels() -> None:
     with t2t_fast.use_backend("reference"):
         want = model.eval()(images)
     ran = t2t_fast.explain(model, images).backends()
-    assert ran["soft_split_performer"] == ran["soft_split_linear"] == {"aten"}  # float32, IEEE
+    assert "triton" not in ran["soft_split_performer"] | ran["soft_split_linear"]  # float32, IEEE
     with t2t_fast.use_backend("triton"):
         tokens = model.tokens_to_token(images)
     with pytest.MonkeyPatch.context() as patch:

@@ -96,10 +96,10 @@ class TokensToToken(nn.Module):
             ValueError: ``x`` has another number of dimensions or channels, or is too small for the first window.
         """
         check_images(x, self.in_chans, self._first_weight() if isinstance(x, Tensor) else None)
-        images = _chunk(x, self.backend)
-        if self.tokens_type != "convolution" and images < x.shape[0]:
-            return torch.cat([self._forward(chunk) for chunk in x.split(images)])
-        return self._forward(x)
+        images = None if self.tokens_type == "convolution" else _chunk(x, self.backend)
+        if images is None or images >= x.shape[0]:
+            return self._forward(x)
+        return torch.cat([self._forward(chunk) for chunk in x.split(images)])
 
     def _first_weight(self) -> Tensor | None:
         """The weight of the first Linear or convolution; None if another kind of module took its place."""
@@ -137,12 +137,12 @@ def check_images(x: Tensor, in_chans: int, weight: Tensor | None = None) -> None
         raise ValueError(f"images must be at least {smallest} px high and wide, got {x.shape[2]} x {x.shape[3]}")
 
 
-def _chunk(x: Tensor, backend: str) -> int:
-    """How many images to run at a time: all, but in eager inference on the CPU, outside the ``reference`` backend."""
+def _chunk(x: object, backend: str) -> int | None:
+    """How many images to run at a time in eager inference on the CPU; None for all, as for ``reference``."""
     if not isinstance(x, Tensor) or torch.is_grad_enabled():  # a tracer's proxy is no Tensor
-        return x.shape[0]
+        return None
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # the number of chunks must not enter a graph
-        return x.shape[0]
+        return None
     if x.device.type != "cpu" or resolve_backend(backend) == "reference":
-        return x.shape[0]
+        return None
     return max(1, _CHUNK_PIXELS // (x.shape[2] * x.shape[3]))
