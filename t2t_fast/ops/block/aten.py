@@ -10,6 +10,7 @@ the system than to compute.
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -184,12 +185,13 @@ def _differentiate_linear(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias = ctx.saved_tensors
     if ctx.gelu:
         grad = torch.ops.aten.gelu_backward(grad, multiply(x, weight, bias, False))
-    return *_gradients(ctx, grad, x, weight), None
+    return *_gradients(ctx, grad, x, weight, multiply), None
 
 
-def _gradients(ctx: Any, grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor | None, ...]:
-    """Those of ``x``, weight and bias that are needed; differentiable and batched where that is asked for."""
-    times = multiply if torch.is_grad_enabled() or is_transformed() else multiply_packed
+def _gradients(
+    ctx: Any, grad: Tensor, x: Tensor, weight: Tensor, times: Callable[..., Tensor]
+) -> tuple[Tensor | None, ...]:
+    """Those of ``x``, weight and bias that are needed; ``times`` is :func:`multiply` or :func:`multiply_packed`."""
     dx = times(grad, weight.t(), None, False) if ctx.needs_input_grad[0] else None
     d_weight = _weight_gradient(grad, x) if ctx.needs_input_grad[1] else None
     d_bias = grad.reshape(-1, grad.shape[-1]).sum(dim=0) if ctx.needs_input_grad[2] else None
@@ -218,7 +220,9 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _gradients(ctx, grad, *ctx.saved_tensors)
+        # The operator is differentiable and can be batched; oneDNN's own takes less time to call.
+        times = multiply if torch.is_grad_enabled() or is_transformed() else multiply_packed
+        return _gradients(ctx, grad, *ctx.saved_tensors, times)
 
 
 def multiply_with_gradient(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
