@@ -222,7 +222,8 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # The operator is differentiable and can be batched; oneDNN's own takes less time to call.
         times = multiply if torch.is_grad_enabled() or is_transformed() else multiply_packed
-        return _gradients(ctx, grad, *ctx.saved_tensors, times)
+        x, weight = ctx.saved_tensors
+        return _gradients(ctx, grad, x, weight, times)
 
 
 def multiply_with_gradient(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
