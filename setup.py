@@ -118,6 +118,7 @@ def extension(cuda: bool) -> Extension:
     cxx = [
         *common,
         *threads,
+        "-fno-strict-aliasing",  # a unit of a bfloat16 matmul is a pair, stored as a float
         *CPU_FLAGS[capability],
         f"-DCPU_CAPABILITY={capability}",
         f"-DCPU_CAPABILITY_{capability}",

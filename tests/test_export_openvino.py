@@ -165,6 +165,8 @@ def test_arguments_of_int8(tmp_path: Path) -> None:
     for value in (-0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match=f"min_agreement .*0 to 1.* {value}"):
             t2t_fast.Int8(seeded_images(100, 4, 4), value)
+    with pytest.raises(TypeError, match=r"min_agreement .*0 to 1, got '0\.9'"):
+        t2t_fast.Int8(seeded_images(100, 4, 4), "0.9")  # type: ignore[arg-type]
     int8 = t2t_fast.Int8(seeded_images(100, 4, 4))
     with pytest.raises(ValueError, match=r"int8\.images .*\(N, \*\(3, 32, 32\)\).* got \(100, 3, 4, 4\)"):
         t2t_fast.export(small("t2t_vit_c_14"), tmp_path / "model.xml", int8=int8)

@@ -404,6 +404,7 @@ def test_folder_of_images(tmp_path: Path) -> None:
         (["--batch-size", "max", "--device", "cpu"], r"--batch-size: max is for CUDA devices"),
         (["--precision", "tf32", "--device", "cpu"], r"--precision: tf32 is for CUDA devices, not for 'cpu'"),
         (["--latency", "--batch-size", "4"], r"--latency: measures batches of 1"),
+        (["--grid", "--latency"], r"--grid: .* but --latency"),
         (["--with-loader"], r"--with-loader: needs --images FOLDER"),
         (["--resume", "file"], r"--resume: 'file' is no JSON"),
         (["--resume", "memory.json"], r"--resume: 'memory.json' is no file of throughput.py"),

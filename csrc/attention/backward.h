@@ -67,8 +67,7 @@ template <class Format>
 struct Backward<Format>::Work {
   explicit Work(const Backward& backward) : f(backward) {
     const int64_t all = f.blocks_ * f.queries_, narrow = row_stride(f.width_), wide = row_stride(f.queries_);
-    for (int round = 0; round < 2; ++round) {
-      if (round == 1) scratch.allocate();
+    scratch.lay_out([&] {
       queries = scratch.take(all / Format::kPerUnit, narrow);
       grads = scratch.take(all / Format::kPerUnit, narrow);
       queries_across = scratch.take(f.blocks_ * f.units_, wide);
@@ -85,7 +84,7 @@ struct Backward<Format>::Work {
       d_values = scratch.take(kKeyRows, narrow);
       lse = scratch.take(1, all).data;
       along = scratch.take(1, all).data;
-    }
+    });
   }
 
   Matrix rows_of(const Matrix& packed, int64_t block) const {

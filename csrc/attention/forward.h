@@ -50,8 +50,7 @@ class Forward {
 template <class Format>
 struct Forward<Format>::Work {
   explicit Work(const Forward& forward) : f(forward) {
-    for (int round = 0; round < 2; ++round) {
-      if (round == 1) scratch.allocate();
+    scratch.lay_out([&] {
       keys = scratch.take(f.blocks_ * f.units_, row_stride(f.keys_));
       values = scratch.take(f.blocks_ * f.keys_ / Format::kPerUnit, row_stride(f.width_));
       rows = scratch.take(f.keys_, f.units_);
@@ -62,7 +61,7 @@ struct Forward<Format>::Work {
       maximum = scratch.take(1, kQueries).data;
       total = scratch.take(1, kQueries).data;
       mask = scratch.take(1, f.keys_).data;
-    }
+    });
   }
 
   // The keys of a block transposed, (units, keys), and its values, (keys in units, channels).

@@ -148,12 +148,16 @@ inline float sum(const Vector& vector) {
   return at::vec::vec_reduce_all<float>([](const Vector& a, const Vector& b) { return a + b; }, vector);
 }
 
-// Matrices of one thread, aligned to cache lines: sized by a first round of take() without memory.
+// Matrices of one thread, aligned to cache lines.
 class Scratch {
  public:
-  void allocate() {
+  // Allocates what `take_all()` takes: the first round, without memory, counts it.
+  template <class F>
+  void lay_out(F&& take_all) {
+    take_all();
     memory_ = c10::GetCPUAllocator()->allocate(used_ * sizeof(float));
     used_ = 0;
+    take_all();
   }
 
   Matrix take(int64_t rows, int64_t stride) {

@@ -10,8 +10,7 @@ namespace {
 template <class T>
 struct QueriesPass : Response<T> {
   explicit QueriesPass(const Weights& weights) : Response<T>(weights) {
-    for (int round = 0; round < 2; ++round) {
-      if (round == 1) more.allocate();
+    more.lay_out([&] {
       grad = more.take(kTokens, row_stride(s.width));
       dy = more.take(kTokens, row_stride(s.width));
       masked = more.take(kTokens, row_stride(s.width));
@@ -26,7 +25,7 @@ struct QueriesPass : Response<T> {
       d_fc2 = take_rows(more, layer.channels, layer.hidden);
       d_vectors = more.take(5, std::max(s.width, s.hidden));
       along = more.take(1, s.features).data;
-    }
+    });
     clear(d_w, layer.features);
     clear(d_fc1, layer.hidden);
     clear(d_fc2, layer.channels);
@@ -104,16 +103,16 @@ struct QueriesPass : Response<T> {
     float *line = dy.row(row), *d_weight = d_vectors.row(1), *d_bias = d_vectors.row(2);
     const float *z = normal.row(row), *from = grad.row(row), share = 1.0f / layer.channels;
     for_columns(s.width, [&](int64_t c) {
-      const Vector value = at(line, c);
-      at::vec::fmadd(value, at(z, c), at(d_weight, c)).store(d_weight + c);
-      (at(d_bias, c) + value).store(d_bias + c);
-      (value * at(s.norm_weight(), c)).store(line + c);
+      const Vector value = vector_at(line, c);
+      at::vec::fmadd(value, vector_at(z, c), vector_at(d_weight, c)).store(d_weight + c);
+      (vector_at(d_bias, c) + value).store(d_bias + c);
+      (value * vector_at(s.norm_weight(), c)).store(line + c);
     });
-    const Vector mean(sum_columns(s.width, [&](int64_t c) { return at(line, c); }) * share);
-    const Vector slope(sum_columns(s.width, [&](int64_t c) { return at(line, c) * at(z, c); }) * share);
+    const Vector mean(sum_columns(s.width, [&](int64_t c) { return vector_at(line, c); }) * share);
+    const Vector slope(sum_columns(s.width, [&](int64_t c) { return vector_at(line, c) * vector_at(z, c); }) * share);
     for_columns(s.width, [&](int64_t c) {
-      const Vector inner = (at(line, c) - mean - at(z, c) * slope) * at(s.channel, c);
-      at::vec::fmadd(inner, Vector(rstd), at(from, c)).store(line + c);
+      const Vector inner = (vector_at(line, c) - mean - vector_at(z, c) * slope) * vector_at(s.channel, c);
+      at::vec::fmadd(inner, Vector(rstd), vector_at(from, c)).store(line + c);
     });
   }
 
@@ -123,10 +122,11 @@ struct QueriesPass : Response<T> {
     for (int64_t row = 0; row < this->height; ++row) {
       float* line = dp.row(row);
       const float* weights = this->p.row(row);
-      const Vector share(sum_columns(s.features, [&](int64_t c) { return at(line, c) * at(weights, c); }));
+      const auto product = [&](int64_t c) { return vector_at(line, c) * vector_at(weights, c); };
+      const Vector share(sum_columns(s.features, product));
       sums[row] = sum_columns(s.features, [&](int64_t c) {
-        at::vec::fmadd(share, at(weights, c), at(along, c)).store(along + c);
-        const Vector value = (at(line, c) - share * at(this->total, c)) * at(weights, c);
+        at::vec::fmadd(share, vector_at(weights, c), vector_at(along, c)).store(along + c);
+        const Vector value = (vector_at(line, c) - share * vector_at(this->total, c)) * vector_at(weights, c);
         value.store(line + c);
         return value;
       });
@@ -134,7 +134,7 @@ struct QueriesPass : Response<T> {
     if (needs_w) this->add_outer(dp, layer.features, room, this->q, s.width, d_w);
     multiply<Float32>(
         dp, s.w, this->height, s.width, layer.features,
-        [&](int64_t row, int64_t column) { return at(this->q.row(row), column) * Vector(-sums[row]); },
+        [&](int64_t row, int64_t column) { return vector_at(this->q.row(row), column) * Vector(-sums[row]); },
         [&]<int C>(int64_t row, int64_t column, const Vector (&values)[C]) {
 #pragma GCC unroll 4
           for (int c = 0; c < C; ++c) values[c].store(dy.row(row) + column + c * kLanes);
@@ -146,8 +146,8 @@ struct QueriesPass : Response<T> {
     if (mask != nullptr) this->template load<T>(mask, layer.channels, 0, this->mask);
     for (int64_t row = 0; row < this->height; ++row) {
       for_columns(s.width, [&](int64_t c) {
-        const Vector value = at(rows.row(row), c);
-        (mask == nullptr ? value : value * at(this->mask.row(row), c)).store(masked.row(row) + c);
+        const Vector value = vector_at(rows.row(row), c);
+        (mask == nullptr ? value : value * vector_at(this->mask.row(row), c)).store(masked.row(row) + c);
       });
     }
   }
@@ -165,8 +165,7 @@ struct QueriesPass : Response<T> {
 template <class T>
 struct KeysPass : Block<T> {
   explicit KeysPass(const Weights& weights) : Block<T>(weights) {
-    for (int round = 0; round < 2; ++round) {
-      if (round == 1) scratch.allocate();
+    scratch.lay_out([&] {
       k = this->over_channels();
       v = this->over_channels();
       result = this->over_channels();
@@ -177,7 +176,7 @@ struct KeysPass : Block<T> {
       d_summary_across = scratch.take(layer.channels, row_stride(s.features));
       d_w = take_rows(scratch, layer.features, layer.channels);
       along = scratch.take(1, s.features).data;
-    }
+    });
     clear(d_w, layer.features);
   }
 

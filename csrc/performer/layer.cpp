@@ -135,7 +135,7 @@ std::vector<Tensor> performer_layer_backward(const Tensor& grad_, const Tensor& 
   std::vector<Tensor> sums;
   for (const Tensor& weight : arguments.weights) {
     at::DimVector sizes(weight.sizes());
-    sizes.insert(sizes.begin(), slots);
+    sizes.insert(sizes.begin(), sums.size() == 1 ? 0 : slots);  // the projection's gradient is multiply_and_sum's
     sums.push_back(arguments.floats(sizes));
   }
   const auto data = [&](size_t i) { return sums[i].data_ptr<float>(); };

@@ -33,7 +33,7 @@ inline float sum_columns(int64_t width, F&& f) {
   return sum(sums);
 }
 
-Vector at(const float* row, int64_t column) { return Vector::loadu(row + column); }
+Vector vector_at(const float* row, int64_t column) { return Vector::loadu(row + column); }
 
 // out = `in` (rows, columns) with zeros up to its stride; or its transpose, each value times `factor`.
 void pad(const float* in, int64_t rows, int64_t columns, const Matrix& out) {
@@ -64,8 +64,7 @@ struct Weights {
         width(round_up(layer.channels, kLanes)),
         features(round_up(layer.features, kLanes)),
         hidden(round_up(layer.hidden, kLanes)) {
-    for (int round = 0; round < 2; ++round) {
-      if (round == 1) scratch.allocate();
+    scratch.lay_out([&] {
       w_across = scratch.take(layer.channels, row_stride(features));
       fc1_across = scratch.take(layer.channels, row_stride(hidden));
       fc2_across = scratch.take(layer.hidden, row_stride(width));
@@ -75,7 +74,7 @@ struct Weights {
       vectors = scratch.take(5, std::max(width, hidden));
       no_feature = scratch.take(1, features).data;
       channel = scratch.take(1, width).data;
-    }
+    });
     pad_transposed(layer.w, layer.features, layer.channels, w_across, kLog2E);
     pad_transposed(layer.fc1_weight, layer.hidden, layer.channels, fc1_across);
     pad_transposed(layer.fc2_weight, layer.channels, layer.hidden, fc2_across);
@@ -152,12 +151,12 @@ struct Block {
     float shifts[kTokens];
     for (int64_t row = 0; row < height; ++row) {
       const float* values = z.row(row);
-      const float square = sum_columns(s.width, [&](int64_t c) { return at(values, c) * at(values, c); });
+      const float square = sum_columns(s.width, [&](int64_t c) { return vector_at(values, c) * vector_at(values, c); });
       shifts[row] = -0.5f * kLog2E * square - half_log;
     }
     multiply<Float32>(
         z, s.w_across, height, s.features, layer.channels,
-        [&](int64_t row, int64_t column) { return Vector(shifts[row]) + at(s.no_feature, column); },
+        [&](int64_t row, int64_t column) { return Vector(shifts[row]) + vector_at(s.no_feature, column); },
         [&]<int C>(int64_t row, int64_t column, const Vector (&sums)[C]) {
 #pragma GCC unroll 4
           for (int c = 0; c < C; ++c) power_of_two(sums[c]).store(phi.row(row) + column + c * kLanes);
@@ -195,15 +194,14 @@ void unpad(const Matrix& from, int64_t rows, int64_t columns, float* to, bool ad
 template <class T>
 struct Summary : Block<T> {
   explicit Summary(const Weights& weights) : Block<T>(weights) {
-    for (int round = 0; round < 2; ++round) {
-      if (round == 1) scratch.allocate();
+    scratch.lay_out([&] {
       k = this->over_channels();
       v = this->over_channels();
       phi = this->over_features();
       phi_across = this->across(layer.features);
       sums = take_rows(scratch, layer.features, layer.channels);
       total = scratch.take(1, s.features).data;
-    }
+    });
   }
 
   void run(int64_t image, int64_t part, const Summaries& to) {
@@ -232,10 +230,7 @@ struct Summary : Block<T> {
 template <class T>
 struct Response : Block<T> {
   explicit Response(const Weights& weights) : Block<T>(weights) {
-    for (int round = 0; round < 2; ++round) {
-      if (round == 1) scratch.allocate();
-      take();
-    }
+    scratch.lay_out([&] { take(); });
   }
 
   void take() {
@@ -265,7 +260,7 @@ struct Response : Block<T> {
       if (layer.mlp_mask != nullptr) this->template load<T>(layer.mlp_mask, layer.channels, 0, mask);
       multiply<Float32>(
           hidden, s.fc2_across, this->height, s.width, layer.hidden,
-          [&](int64_t, int64_t column) { return at(s.fc2_bias(), column); },
+          [&](int64_t, int64_t column) { return vector_at(s.fc2_bias(), column); },
           [&]<int C>(int64_t row, int64_t column, const Vector (&sums)[C]) {
             add_masked<C>(layer.mlp_mask, row, column, sums);
           });
@@ -280,14 +275,14 @@ struct Response : Block<T> {
     this->map(q, p);
     for (int64_t row = 0; row < this->height; ++row) {
       float* line = p.row(row);
-      const float sum = sum_columns(s.features, [&](int64_t c) { return at(line, c) * at(total, c); });
+      const float sum = sum_columns(s.features, [&](int64_t c) { return vector_at(line, c) * vector_at(total, c); });
       const Vector denominator(sum + layer.eps);
-      for_columns(s.features, [&](int64_t c) { (at(line, c) / denominator).store(line + c); });
+      for_columns(s.features, [&](int64_t c) { (vector_at(line, c) / denominator).store(line + c); });
     }
     if (layer.proj_mask != nullptr) this->template load<T>(layer.proj_mask, layer.channels, 0, mask);
     multiply<Float32>(
         p, projected, this->height, s.width, layer.features,
-        [&](int64_t, int64_t column) { return at(s.proj_bias(), column); },
+        [&](int64_t, int64_t column) { return vector_at(s.proj_bias(), column); },
         [&]<int C>(int64_t row, int64_t column, const Vector (&sums)[C]) {
           add_masked<C>(layer.proj_mask, row, column, sums);
         });
@@ -299,8 +294,8 @@ struct Response : Block<T> {
     float* line = y.row(row) + column;
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) {
-      const Vector value = masked == nullptr ? sums[c] : sums[c] * at(mask.row(row), column + c * kLanes);
-      (at(line, c * kLanes) + value).store(line + c * kLanes);
+      const Vector value = masked == nullptr ? sums[c] : sums[c] * vector_at(mask.row(row), column + c * kLanes);
+      (vector_at(line, c * kLanes) + value).store(line + c * kLanes);
     }
   }
 
@@ -308,18 +303,18 @@ struct Response : Block<T> {
   float standardize(int64_t row) {
     const float *from = y.row(row), share = 1.0f / layer.channels;
     float* to = normed.row(row);
-    const Vector mean(sum_columns(s.width, [&](int64_t c) { return at(from, c); }) * share);
-    for_columns(s.width, [&](int64_t c) { ((at(from, c) - mean) * at(s.channel, c)).store(to + c); });
-    const float variance = sum_columns(s.width, [&](int64_t c) { return at(to, c) * at(to, c); }) * share;
+    const Vector mean(sum_columns(s.width, [&](int64_t c) { return vector_at(from, c); }) * share);
+    for_columns(s.width, [&](int64_t c) { ((vector_at(from, c) - mean) * vector_at(s.channel, c)).store(to + c); });
+    const float variance = sum_columns(s.width, [&](int64_t c) { return vector_at(to, c) * vector_at(to, c); }) * share;
     const float rstd = 1.0f / std::sqrt(variance + layer.norm_eps);
-    for_columns(s.width, [&](int64_t c) { (at(to, c) * Vector(rstd)).store(to + c); });
+    for_columns(s.width, [&](int64_t c) { (vector_at(to, c) * Vector(rstd)).store(to + c); });
     return rstd;
   }
 
   void scale_and_shift(int64_t row) {
     float* line = normed.row(row);
     for_columns(s.width, [&](int64_t c) {
-      at::vec::fmadd(at(line, c), at(s.norm_weight(), c), at(s.norm_bias(), c)).store(line + c);
+      at::vec::fmadd(vector_at(line, c), vector_at(s.norm_weight(), c), vector_at(s.norm_bias(), c)).store(line + c);
     });
   }
 
@@ -328,7 +323,7 @@ struct Response : Block<T> {
   void activate(F&& activation) {
     multiply<Float32>(
         normed, s.fc1_across, this->height, s.hidden, layer.channels,
-        [&](int64_t, int64_t column) { return at(s.fc1_bias(), column); },
+        [&](int64_t, int64_t column) { return vector_at(s.fc1_bias(), column); },
         [&]<int C>(int64_t row, int64_t column, const Vector (&sums)[C]) {
 #pragma GCC unroll 4
           for (int c = 0; c < C; ++c) {

@@ -21,12 +21,11 @@ class Windows {
         pitch_((a_.width + 2 * a_.padding[1]) * channels_),
         outputs_(round_up(a_.outputs, kLanes)),
         units_(a_.kernel[1] * channels_ / Format::kPerUnit) {
-    for (int round = 0; round < 2; ++round) {
-      if (round == 1) scratch_.allocate();
+    scratch_.lay_out([&] {
       weight_ = scratch_.take(a_.kernel[0] * units_, row_stride(outputs_));
       offset_ = scratch_.take(1, outputs_).data;
       residue_ = scratch_.take(1, outputs_).data;
-    }
+    });
     pack();
   }
 
@@ -53,11 +52,10 @@ class Windows {
     const int64_t area = a_.kernel[0] * a_.kernel[1], depth = area * a_.channels;
     Scratch scratch;
     Matrix across{}, pair{};
-    for (int round = 0; round < 2; ++round) {
-      if (round == 1) scratch.allocate();
+    scratch.lay_out([&] {
       across = scratch.take(depth, row_stride(outputs_));
       pair = scratch.take(2, row_stride(outputs_));
-    }
+    });
     transpose(a_.weight, depth, a_.outputs, depth, across);
     for (int64_t place = 0; place < area; ++place) {
       for (int64_t channel = 0; channel < channels_; channel += Format::kPerUnit) {
@@ -85,8 +83,7 @@ struct Windows<Format>::Band {
   Band(const Windows& windows, int64_t grid_rows) : w(windows), a(windows.a_) {
     const int64_t rows = (grid_rows - 1) * a.step[0] + a.kernel[0], width = a.width + 2 * a.padding[1];
     const int64_t count = round_up(grid_rows * a.grid[1], kRows);
-    for (int round = 0; round < 2; ++round) {
-      if (round == 1) scratch.allocate();
+    scratch.lay_out([&] {
       pixels = scratch.take(rows, (w.pitch_ + Format::kPerUnit - 1) / Format::kPerUnit);
       planes = scratch.take(std::min(a.channels, kLanes), width + kLanes);
       for (float** line : {&pixel.mean, &pixel.variance, &united.mean, &united.variance}) {
@@ -95,7 +92,7 @@ struct Windows<Format>::Band {
       for (Matrix* map : {&row_mean, &row_variance}) *map = scratch.take(rows, round_up(a.grid[1], kLanes));
       mean = scratch.take(1, count).data;
       rstd = scratch.take(1, count).data;
-    }
+    });
     places.resize(count);
   }
 

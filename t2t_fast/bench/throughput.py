@@ -133,6 +133,8 @@ def parse_arguments(argv: Sequence[str], prog: str = "throughput.py") -> argpars
     add("--resume", type=Path, metavar="JSON", help="measure the rows that this file lacks, with its arguments")
     add("--no-plot", action="store_true", help="no plot beside the result file")
     options = parser.parse_args(argv)
+    if options.grid and options.latency:
+        parser.error("--grid: goes with any argument but --latency, which measures batches of 1")
     if options.grid:
         parser.set_defaults(**GRID)
         options = parser.parse_args(argv)

@@ -36,20 +36,28 @@ def tokens_to_token(program: Any) -> list[str]:
     Raises:
         ValueError: They are joined nowhere.
     """
-    for node in program.get_ordered_ops():
-        sources = [value.get_node() for value in node.input_values()]
-        expanded = any(source.get_type_name() == "Broadcast" for source in sources)
-        if node.get_type_name() == "Concat" and expanded and node.get_output_element_type(0).is_real():
-            break
-    else:
-        raise ValueError("no class token is joined with the others")
+    nodes = _joined(program)
     before: dict[str, None] = {}
-    while sources:
-        node = sources.pop()
+    while nodes:
+        node = nodes.pop()
         if node.get_friendly_name() not in before:
             before[node.get_friendly_name()] = None
-            sources += [value.get_node() for value in node.input_values()]
+            nodes += _sources(node)
     return list(before)
+
+
+def _joined(program: Any) -> list[Any]:
+    """The class token and the tokens of the tokens-to-token module, as nodes."""
+    for node in program.get_ordered_ops():
+        if node.get_type_name() == "Concat" and node.get_output_element_type(0).is_real():
+            sources = _sources(node)
+            if any(source.get_type_name() == "Broadcast" for source in sources):
+                return sources
+    raise ValueError("no class token is joined with the others")
+
+
+def _sources(node: Any) -> list[Any]:
+    return [value.get_node() for value in node.input_values()]
 
 
 if __name__ == "__main__":

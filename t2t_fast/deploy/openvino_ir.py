@@ -36,7 +36,7 @@ class Int8:
         min_agreement: The accepted share of held-out images with the same top-1, from 0 to 1.
 
     Raises:
-        TypeError: ``images`` is no floating-point tensor.
+        TypeError: ``images`` is no floating-point tensor, or ``min_agreement`` no number.
         ValueError: ``images`` has another shape or too few images, or ``min_agreement`` is out of range.
     """
 
@@ -54,6 +54,8 @@ class Int8:
                 f"images must have shape (N, in_chans, H, W) with at least {self.LEAST} images, half of them to "
                 f"calibrate and half held out; got {tuple(images.shape)}"
             )
+        if isinstance(self.min_agreement, bool) or not isinstance(self.min_agreement, (int, float)):
+            raise TypeError(f"min_agreement must be a number from 0 to 1, got {self.min_agreement!r}")
         if not 0 <= self.min_agreement <= 1:
             raise ValueError(f"min_agreement must be from 0 to 1, got {self.min_agreement!r}")
 
