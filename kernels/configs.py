@@ -27,33 +27,43 @@ class Table:
     rows: Mapping[int, Mapping[str, Config | None]]
 
 
-def _config(num_warps: int, num_stages: int, *, tuned: str | None = None, **blocks: int) -> Config:
-    return Config({f"BLOCK_{name.upper()}": size for name, size in blocks.items()}, num_warps, num_stages, tuned)
+# rest: more outputs of the same program, so that three times 64 need no block of 256; only where they fit exactly.
+def _config(num_warps: int, num_stages: int, *, tuned: str | None = None, resident: int = 1, **blocks: int) -> Config:
+    sizes = {f"BLOCK_{name.upper()}": size for name, size in blocks.items()}
+    return Config(sizes, num_warps, num_stages, tuned, resident)
 
 
 SOFT_SPLIT_LINEAR_FORWARD = Table(
     {
         80: {
-            "half": _config(8, 3, tokens=64, features=32, out=256),
-            "tf32": _config(8, 2, tokens=64, features=32, out=128),
-            "float32": _config(8, 1, tokens=64, features=16, out=64),
-            "float64": _config(4, 1, tokens=32, features=16, out=32),
+            "half": _config(4, 3, tokens=64, features=16, out=128, rest=64),
+            "tf32": _config(8, 2, tokens=64, features=32, out=128, rest=0),
+            "float32": _config(8, 1, tokens=64, features=16, out=64, rest=0),
+            "float64": _config(4, 1, tokens=32, features=16, out=32, rest=0),
         },
-        89: {"float32": _config(4, 1, tokens=64, features=16, out=64)},
-        100: {"tf32": _config(8, 1, tokens=64, features=32, out=128)},
+        89: {"float32": _config(4, 1, tokens=64, features=16, out=64, rest=0)},
+        90: {
+            "half": _config(4, 3, tokens=64, features=32, out=128, rest=64),
+            "float32": _config(8, 1, tokens=32, features=16, out=64, rest=0),
+        },
+        100: {"tf32": _config(8, 1, tokens=64, features=32, out=128, rest=0)},
+        120: {"half": _config(4, 3, tokens=64, features=16, out=128, rest=64)},
     }
 )
 SOFT_SPLIT_LINEAR_BACKWARD_WEIGHT = Table(
     {
         80: {
-            "half": _config(8, 3, tokens=32, features=64, out=128),
-            "tf32": _config(8, 2, tokens=32, features=64, out=128),
-            "float32": _config(8, 1, tokens=16, features=64, out=64),
-            "float64": _config(4, 1, tokens=16, features=32, out=32),
+            "half": _config(8, 3, tokens=32, features=64, out=128, rest=64),
+            "tf32": _config(8, 2, tokens=32, features=64, out=128, rest=0),
+            "float32": _config(8, 1, tokens=16, features=64, out=64, rest=0),
+            "float64": _config(4, 1, tokens=16, features=32, out=32, rest=0),
         },
-        90: {"half": _config(8, 3, tokens=64, features=64, out=128)},
-        100: {"half": _config(4, 2, tokens=64, features=64, out=128)},
-        120: {"half": _config(8, 3, tokens=32, features=64, out=128)},
+        90: {
+            "half": _config(8, 3, tokens=64, features=64, out=128, rest=64, resident=2),
+            "float32": _config(8, 1, tokens=16, features=32, out=64, rest=0),
+        },
+        100: {"half": _config(4, 2, tokens=64, features=64, out=128, rest=0)},
+        120: {"half": _config(8, 3, tokens=32, features=64, out=128, rest=0)},
     }
 )
 SOFT_SPLIT_LINEAR_BACKWARD_INPUT = Table(
@@ -65,19 +75,19 @@ SOFT_SPLIT_LINEAR_BACKWARD_INPUT = Table(
             "float64": _config(4, 1, pixels=32, channels=32, out=16),
         },
         90: {"half": _config(4, 4, pixels=64, channels=64, out=64)},
-        100: {"tf32": _config(8, 1, pixels=64, channels=64, out=32)},
+        100: {"tf32": _config(8, 1, pixels=64, channels=64, out=16)},
     }
 )
 # The Performer's other blocks cover all features and all channels.
 PERFORMER_ATTENTION = Table(
     {
         80: {
-            "half": _config(4, 2, tokens=64),
-            "tf32": _config(4, 2, tokens=64),
+            "half": _config(4, 1, tokens=64, resident=2),
+            "tf32": _config(4, 2, tokens=64, resident=2),
             "float32": _config(4, 1, tokens=32),
             "float64": _config(4, 1, tokens=16),
         },
-        90: {"tf32": _config(4, 1, tokens=64)},
+        90: {"half": _config(4, 1, tokens=64, resident=3), "tf32": _config(4, 1, tokens=64, resident=2)},
         100: {"tf32": _config(4, 2, tokens=32)},
     }
 )
@@ -86,9 +96,24 @@ PERFORMER_ATTENTION_BACKWARD = Table(
         80: {
             "half": _config(8, 1, tokens=32),
             "tf32": _config(8, 1, tokens=32),
+            "float32": _config(4, 1, tokens=16),
+            "float64": _config(4, 1, tokens=16),
+        },
+        90: {"float32": _config(2, 1, tokens=16)},
+        100: {"float32": _config(4, 1, tokens=16)},
+    }
+)
+# Of the keys, where w is not learned.
+PERFORMER_ATTENTION_BACKWARD_KEY = Table(
+    {
+        80: {
+            "half": _config(4, 1, tokens=32, resident=2),
+            "tf32": _config(8, 1, tokens=32),
             "float32": _config(8, 1, tokens=16),
             "float64": _config(4, 1, tokens=16),
         },
+        90: {"half": _config(4, 1, tokens=64, resident=2)},
+        100: {"half": _config(4, 1, tokens=32, resident=2)},
     }
 )
 # Row 0 is the interpreter's. None: weights, or their gradients, do not fit the registers or the shared memory.
@@ -96,22 +121,13 @@ TOKEN_PERFORMER = Table(
     {
         0: {"float32": _config(4, 1, tokens=16), "float64": _config(4, 1, tokens=16)},
         80: {
-            "half": _config(4, 2, tokens=32),
+            "half": _config(4, 1, tokens=32, resident=2),
             "tf32": _config(4, 1, tokens=32),
             "float32": None,
             "float64": None,
         },
-    }
-)
-SOFT_SPLIT_PERFORMER = Table(
-    {
-        0: {"float32": _config(4, 1, tokens=16, window=16), "float64": _config(4, 1, tokens=16, window=16)},
-        80: {
-            "half": _config(8, 2, tokens=32, window=32),
-            "tf32": _config(8, 1, tokens=32, window=32),
-            "float32": None,
-            "float64": None,
-        },
+        90: {"half": _config(4, 1, tokens=64, resident=2)},
+        100: {"half": _config(4, 2, tokens=32)},
     }
 )
 TOKEN_PERFORMER_BACKWARD = Table(
@@ -131,7 +147,11 @@ TOKEN_PERFORMER_BACKWARD = Table(
 # All channels of a token in one block; the kind is that of the sum.
 ADD_LAYER_NORM = Table({80: {kind: _config(4, 1, tokens=4) for kind in ("half", "tf32", "float32", "float64")}})
 ADD_LAYER_NORM_BACKWARD = Table(
-    {80: {kind: _config(8, 1, tokens=4) for kind in ("half", "tf32", "float32", "float64")}}
+    {
+        80: {kind: _config(8, 1, tokens=4) for kind in ("half", "tf32", "float32", "float64")},
+        100: {kind: _config(8, 1, tokens=2) for kind in ("tf32", "float32")},
+        120: {kind: _config(8, 1, tokens=4) for kind in ("tf32", "float32")},
+    }
 )
 SOFT_SPLIT_LINEAR_COEFFICIENT = _config(4, 1, tokens=32, out=128)
 
@@ -166,5 +186,7 @@ def _pick(table: Table, arch: int, wanted: str, sizes: tuple[tuple[str, int], ..
     blocks = dict(config.blocks)
     for name, size in sizes:
         key = f"BLOCK_{name.upper()}"
+        if name == "out" and (size <= blocks[key] or size % (blocks[key] + blocks["BLOCK_REST"]) != 0):
+            blocks["BLOCK_REST"] = 0
         blocks[key] = min(blocks[key], max(16, triton.next_power_of_2(size)))
     return replace(config, blocks=blocks)

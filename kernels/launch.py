@@ -20,13 +20,18 @@ class Chip(NamedTuple):
     multiprocessors: int
 
 
+# Of the A100 and the H100, for those who compile without one.
+_MULTIPROCESSORS = {80: 108, 90: 132}
+
+
 def chip_of(device: torch.device) -> Chip:
     """The chip behind ``device``.
 
     The CPU stands for Triton's interpreter, and meta for the active driver's target, to compile ahead of time.
     """
     if device.type == "meta":
-        return Chip(triton.runtime.driver.active.get_current_target().arch, 128)
+        arch = triton.runtime.driver.active.get_current_target().arch
+        return Chip(arch, _MULTIPROCESSORS.get(arch, 128))
     return _chip_of(device)
 
 
@@ -42,6 +47,7 @@ def _chip_of(device: torch.device) -> Chip:
 class Config:
     """Block sizes by the names of a kernel's constants, and how it is compiled.
 
+    ``resident`` is how many of its programs a multiprocessor holds at a time, where their number can be chosen.
     ``tuned`` names the chip that it was measured best on; None marks a configuration that nobody has measured.
     """
 
@@ -49,6 +55,26 @@ class Config:
     num_warps: int
     num_stages: int
     tuned: str | None = None
+    resident: int = 1
+
+
+# What a program does before and behind its loop, in blocks of its loop.
+_OVERHEAD = 1
+_MOST_WAVES = 8
+
+
+@functools.lru_cache(maxsize=1024)
+def num_ranges(programs: int, blocks: int, places: int) -> int:
+    """Into how many ranges to divide the ``blocks`` of work of each of ``programs``: the number that ends first.
+
+    ``places`` programs run at a time. The last wave of them is as long as the others, however few it holds.
+    """
+    most = max(1, min(blocks, _MOST_WAVES * places // max(1, programs)))
+
+    def time(ranges: int) -> int:
+        return triton.cdiv(programs * ranges, places) * (triton.cdiv(blocks, ranges) + _OVERHEAD)
+
+    return min(range(1, most + 1), key=time)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,8 @@ keys (dk and dv). Sums over tokens go through a fixed number of ranges, added up
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -29,10 +31,13 @@ from . import configs
 from .launch import Config, Launch, block_size_for, precision
 from .rows import (
     Rows,
+    Sizes,
     load_matrix,
     load_rows,
     load_vector,
     make_sizes,
+    num_splits,
+    range_of_tokens,
     store_matrix,
     store_rows,
     store_vector,
@@ -66,7 +71,7 @@ def load_sums(sums, image, features, channels, sizes):
 @triton.jit
 def store_sums(sums, largest, total, summary, features, channels, sizes):
     """Those of this program's range of tokens."""
-    row = tl.program_id(0).to(tl.int64) * sizes.features
+    row = range_of_tokens() * sizes.features
     store_vector(sums.largest + row, largest, features, sizes.features)
     store_vector(sums.total + row, total, features, sizes.features)
     store_matrix(sums.summary + row * sizes.dim, summary, features, channels, sizes.features, sizes.dim)
@@ -75,7 +80,7 @@ def store_sums(sums, largest, total, summary, features, channels, sizes):
 @triton.jit
 def store_sum_gradients(d_total_ptr, d_summary_ptr, d_total, d_summary, features, channels, sizes):
     """What this program's range of tokens passes on to the total and to the summary."""
-    row = tl.program_id(0).to(tl.int64) * sizes.features
+    row = range_of_tokens() * sizes.features
     store_vector(d_total_ptr + row, d_total, features, sizes.features)
     store_matrix(d_summary_ptr + row * sizes.dim, d_summary, features, channels, sizes.features, sizes.dim)
 
@@ -138,7 +143,7 @@ def _performer_attention_summary_kernel(
 ):
     """The sums over one range of keys, relative to the range's own largest exponent."""
     dtype: tl.constexpr = sums.total.dtype.element_ty
-    image, split = tl.program_id(0) // sizes.splits, tl.program_id(0) % sizes.splits
+    image, split = tl.program_id(0), tl.program_id(1)
     feature, channel = tl.arange(0, BLOCK_FEATURES), tl.arange(0, BLOCK_DIM)
     w = load_matrix(w_ptr, feature, channel, sizes.features, sizes.dim, dtype)
     largest = tl.full((BLOCK_FEATURES,), -1e30, dtype)
@@ -152,6 +157,43 @@ def _performer_attention_summary_kernel(
         exponents = exponents_of(k, w, EXPONENT_PRECISION)
         largest, total, summary = add_keys(exponents, v, token < sizes.tokens, largest, total, summary, PRECISION)
     store_sums(sums, largest, total, summary, feature, channel, sizes)
+
+
+@triton.jit(do_not_specialize=["num_parts"])
+def _performer_attention_combine_kernel(
+    parts,
+    sums,
+    proj_ptr,
+    projected_ptr,
+    num_parts,
+    sizes,
+    PROJECTED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_FEATURES: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+):
+    """The sums of an image from those of its ranges, relative to one common largest exponent; and summary projᵀ."""
+    dtype: tl.constexpr = sums.total.dtype.element_ty
+    image = tl.program_id(0)
+    feature, channel = tl.arange(0, BLOCK_FEATURES), tl.arange(0, BLOCK_DIM)
+    largest = tl.full((BLOCK_FEATURES,), -1e30, dtype)
+    total = tl.zeros((BLOCK_FEATURES,), dtype)
+    summary = tl.zeros((BLOCK_FEATURES, BLOCK_DIM), dtype)
+    for part in tl.range(0, num_parts, num_stages=3):
+        its_largest, its_total, its_summary = load_sums(parts, image * num_parts + part, feature, channel, sizes)
+        risen = tl.maximum(largest, its_largest)
+        factor, its_factor = tl.exp(largest - risen), tl.exp(its_largest - risen)
+        total = total * factor + its_total * its_factor
+        summary = summary * factor[:, None] + its_summary * its_factor[:, None]
+        largest = risen
+    row = image.to(tl.int64) * sizes.features
+    store_vector(sums.largest + row, largest, feature, sizes.features)
+    store_vector(sums.total + row, total, feature, sizes.features)
+    store_matrix(sums.summary + row * sizes.dim, summary, feature, channel, sizes.features, sizes.dim)
+    if PROJECTED:
+        proj = load_matrix(proj_ptr, channel, channel, sizes.dim, sizes.dim, dtype)
+        projected = tl.dot(summary, tl.trans(proj), input_precision=PRECISION, out_dtype=dtype)
+        store_matrix(projected_ptr + row * sizes.dim, projected, feature, channel, sizes.features, sizes.dim)
 
 
 @triton.jit
@@ -171,7 +213,7 @@ def _performer_attention_query_kernel(
     BLOCK_DIM: tl.constexpr,
 ):
     dtype: tl.constexpr = sums.total.dtype.element_ty
-    image, split = tl.program_id(0) // sizes.splits, tl.program_id(0) % sizes.splits
+    image, split = tl.program_id(0), tl.program_id(1)
     feature, channel = tl.arange(0, BLOCK_FEATURES), tl.arange(0, BLOCK_DIM)
     mask_feature = feature < sizes.features
     w = load_matrix(w_ptr, feature, channel, sizes.features, sizes.dim, dtype)
@@ -210,7 +252,7 @@ def _performer_attention_backward_query_kernel(
 ):
     """dq, and what the weights of one range of queries pass on to total, summary and w."""
     dtype: tl.constexpr = sums.total.dtype.element_ty
-    image, split = tl.program_id(0) // sizes.splits, tl.program_id(0) % sizes.splits
+    image, split = tl.program_id(0), tl.program_id(1)
     feature, channel = tl.arange(0, BLOCK_FEATURES), tl.arange(0, BLOCK_DIM)
     mask_feature = feature < sizes.features
     w = load_matrix(w_ptr, feature, channel, sizes.features, sizes.dim, dtype)
@@ -233,7 +275,7 @@ def _performer_attention_backward_query_kernel(
             dw = tl.dot(tl.trans(d_exponents), q, dw, input_precision=PRECISION, out_dtype=dtype)
     store_sum_gradients(d_total_ptr, d_summary_ptr, d_total, d_summary, feature, channel, sizes)
     if NEEDS_DW:
-        row = tl.program_id(0).to(tl.int64) * sizes.features
+        row = range_of_tokens() * sizes.features
         store_matrix(dw_ptr + row * sizes.dim, dw, feature, channel, sizes.features, sizes.dim)
 
 
@@ -261,7 +303,7 @@ def _performer_attention_backward_key_kernel(
 ):
     """dk and dv, and of one range of keys what they pass on to w."""
     dtype: tl.constexpr = d_sums.total.dtype.element_ty
-    image, split = tl.program_id(0) // sizes.splits, tl.program_id(0) % sizes.splits
+    image, split = tl.program_id(0), tl.program_id(1)
     feature, channel = tl.arange(0, BLOCK_FEATURES), tl.arange(0, BLOCK_DIM)
     mask_feature = feature < sizes.features
     w = load_matrix(w_ptr, feature, channel, sizes.features, sizes.dim, dtype)
@@ -286,7 +328,7 @@ def _performer_attention_backward_key_kernel(
         if NEEDS_DW:
             dw = tl.dot(tl.trans(d_exponents), k, dw, input_precision=PRECISION, out_dtype=dtype)
     if NEEDS_DW:
-        row = tl.program_id(0).to(tl.int64) * sizes.features
+        row = range_of_tokens() * sizes.features
         store_matrix(dw_ptr + row * sizes.dim, dw, feature, channel, sizes.features, sizes.dim)
 
 
@@ -294,7 +336,7 @@ def config_of(table: configs.Table, k: Tensor, features: int) -> Config:
     config = configs.pick(table, k.device, k.dtype)
     # Whole rows: these blocks are as large as the tensors.
     whole = {"BLOCK_FEATURES": block_size_for(features), "BLOCK_DIM": block_size_for(k.shape[2])}
-    return Config({**config.blocks, **whole}, config.num_warps, config.num_stages, config.tuned)
+    return replace(config, blocks={**config.blocks, **whole})
 
 
 def _launch(
@@ -309,7 +351,7 @@ def _launch(
     """One program per image and range of tokens; ``k`` stands for all tensors of its shape."""
     config = config_of(table, k, features)
     sizes = make_sizes(k, features, splits, config.blocks["BLOCK_TOKENS"])
-    return Launch(kernel, (k.shape[0] * splits,), (*args, sizes), {**precisions(k.dtype), **constants}, config)
+    return Launch(kernel, (k.shape[0], splits), (*args, sizes), {**precisions(k.dtype), **constants}, config)
 
 
 def precisions(dtype: torch.dtype) -> dict[str, str]:
@@ -328,9 +370,26 @@ def summary_launch(k: Tensor, v: Tensor, w: Tensor, parts: Sums) -> Launch:
     return _launch(_performer_attention_summary_kernel, configs.PERFORMER_ATTENTION, args, k, w.shape[0], splits)
 
 
-def query_launch(q: Tensor, w: Tensor, sums: Sums, y: Tensor, eps: float, splits: int) -> Launch:
+def combine_launch(
+    parts: Sums, sums: Sums, proj_weight: Tensor | None, projected: Tensor | None, dtype: torch.dtype
+) -> Launch:
+    """Fill the ``sums`` of the images (B, ...) from those of their ranges (B, splits, ...).
+
+    And, with ``proj_weight`` (E, E) contiguous, ``projected`` (B, m, E) with the summary times proj_weightᵀ. ``dtype``
+    is that of the tokens.
+    """
+    (images, splits, features), dim = parts.total.shape, parts.summary.shape[3]
+    blocks = {"BLOCK_FEATURES": block_size_for(features), "BLOCK_DIM": block_size_for(dim)}
+    # As precise as a float32 matmul is: of 16-bit tokens, three products of TF32.
+    product = "tf32x3" if dtype.itemsize == 2 else precision(parts.total.dtype)
+    constants = {"PROJECTED": proj_weight is not None, "PRECISION": product}
+    args = (parts, sums, proj_weight, projected, splits, Sizes(0, 0, dim, features))
+    return Launch(_performer_attention_combine_kernel, (images,), args, constants, Config(blocks, 8, 1))
+
+
+def query_launch(q: Tensor, w: Tensor, sums: Sums, y: Tensor, eps: float) -> Launch:
     """Fill y (B, T, E) from the sums of the images."""
-    args = (q, w, sums, y, Rows(*q.stride()), Rows(*y.stride()))
+    args, splits = (q, w, sums, y, Rows(*q.stride()), Rows(*y.stride())), num_splits(q, configs.PERFORMER_ATTENTION)
     return _launch(_performer_attention_query_kernel, configs.PERFORMER_ATTENTION, args, q, w.shape[0], splits, EPS=eps)
 
 
@@ -353,6 +412,11 @@ def backward_query_launch(
     return _launch(kernel, table, args, q, w.shape[0], d_total.shape[1], **constants)
 
 
+def key_table(needs_dw: bool) -> configs.Table:
+    """That of :func:`backward_key_launch`: the sums for w take registers."""
+    return configs.PERFORMER_ATTENTION_BACKWARD if needs_dw else configs.PERFORMER_ATTENTION_BACKWARD_KEY
+
+
 def backward_key_launch(
     k: Tensor,
     v: Tensor,
@@ -371,6 +435,6 @@ def backward_key_launch(
     """
     rows = (Rows(*t.stride()) for t in (k, v, dk, dv))
     args = (k, v, w, d_sums, dk, dv, dw, *rows)
-    kernel, table = _performer_attention_backward_key_kernel, configs.PERFORMER_ATTENTION_BACKWARD
+    kernel, table = _performer_attention_backward_key_kernel, key_table(dw is not None)
     constants = {"NEEDS_DW": dw is not None, "ADD_TO_DV": add_to_dv}
     return _launch(kernel, table, args, k, w.shape[0], splits, **constants)

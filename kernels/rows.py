@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .launch import chip_of
+from .launch import chip_of, num_ranges
 
 
 class Rows(NamedTuple):
@@ -24,26 +24,31 @@ class Rows(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Tokens per image, ranges of tokens and tokens in each, channels, features."""
+    """Tokens of an image, tokens in each range of them, channels, features."""
 
     tokens: int
-    splits: int
     per_split: int
     dim: int
     features: int
 
 
-def num_splits(k: Tensor) -> int:
-    """Into how many ranges the tokens of an image are divided: enough to fill the chip twice, none below a block."""
-    block = configs.pick(configs.PERFORMER_ATTENTION, k.device, k.dtype).blocks["BLOCK_TOKENS"]
-    wanted = triton.cdiv(2 * chip_of(k.device).multiprocessors, max(1, k.shape[0]))
-    return max(1, min(wanted, triton.cdiv(k.shape[1], block)))
+def num_splits(k: Tensor, table: configs.Table) -> int:
+    """Into how many ranges the tokens of an image are divided, so that kernels of ``table`` fill the chip."""
+    config = configs.pick(table, k.device, k.dtype)
+    blocks = triton.cdiv(k.shape[1], config.blocks["BLOCK_TOKENS"])
+    return num_ranges(k.shape[0], blocks, config.resident * chip_of(k.device).multiprocessors)
 
 
 def make_sizes(k: Tensor, features: int, splits: int, block: int) -> Sizes:
     """Of ``k`` (B, T, E), in ``splits`` ranges of whole blocks."""
     _, tokens, dim = k.shape
-    return Sizes(tokens, splits, triton.cdiv(triton.cdiv(tokens, splits), block) * block, dim, features)
+    return Sizes(tokens, triton.cdiv(triton.cdiv(tokens, splits), block) * block, dim, features)
+
+
+@triton.jit
+def range_of_tokens():
+    """The number of this program's range, counted over all images."""
+    return tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
 
 
 @triton.jit

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Config, Launch
-from .windows import GROW_WITH_THE_BATCH, View, Window, load_patches
+from .windows import GROW_WITH_THE_BATCH, View, Window, load_patches, locate_windows
 
 # Copies: one configuration does for every chip and dtype.
 _FORWARD = Config({"BLOCK_TOKENS": 32, "BLOCK_FEATURES": 64}, num_warps=4, num_stages=1)
@@ -32,7 +32,8 @@ def _soft_split_forward_kernel(
     offs_token = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     offs_feature = tl.program_id(1) * BLOCK_FEATURES + tl.arange(0, BLOCK_FEATURES)
     num_features = WINDOW.channels * WINDOW.kernel_h * WINDOW.kernel_w
-    patches = load_patches(image_ptr, offs_token, offs_feature, num_tokens, view, WINDOW)
+    window_ptrs, top, left = locate_windows(image_ptr, offs_token, num_tokens, view, WINDOW)
+    patches = load_patches(window_ptrs, top, left, offs_feature, view, WINDOW, True)
     ptrs = tokens_ptr + offs_token.to(tl.int64)[:, None] * num_features + offs_feature[None, :]
     mask = (offs_token < num_tokens)[:, None] & (offs_feature < num_features)[None, :]
     tl.store(ptrs, patches.to(tokens_ptr.dtype.element_ty), mask=mask)

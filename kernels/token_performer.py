@@ -41,10 +41,15 @@ from .rows import (
     load_rows,
     load_vector,
     make_sizes,
+    num_splits,
+    range_of_tokens,
     store_matrix,
     store_rows,
     store_vector,
 )
+
+# Of Philox4x32: the fewest that pass every test of its authors (Salmon et al., SC 2011, table 2).
+_ROUNDS = tl.constexpr(7)
 
 
 class FoldedLayer(NamedTuple):
@@ -67,7 +72,7 @@ def _random_bits(seed_ptr, image, tokens, BLOCK_TOKENS: tl.constexpr, BLOCK_DIM:
     """32 random bits for each value of a tile (tokens, channels); one draw of Philox makes four."""
     counter = tokens[:, None] * (BLOCK_DIM // 4) + tl.arange(0, BLOCK_DIM // 4)[None, :]
     zero = counter * 0
-    a, b, c, d = tl.philox(tl.load(seed_ptr), counter, zero + image, zero, zero)
+    a, b, c, d = tl.philox(tl.load(seed_ptr), counter, zero + image, zero, zero, n_rounds=_ROUNDS)
     return tl.reshape(tl.join(tl.join(a, b), tl.join(c, d)), (BLOCK_TOKENS, BLOCK_DIM))
 
 
@@ -95,7 +100,6 @@ def _normed_backward(dz, z, rstd, mask_channel, dim):
 
 @triton.jit
 def _token_performer_kernel(
-    exponents_ptr,
     q_ptr,
     v_ptr,
     w_ptr,
@@ -112,7 +116,6 @@ def _token_performer_kernel(
     MLP_DROPPED: tl.constexpr,
     EPS: tl.constexpr,
     NORM_EPS: tl.constexpr,
-    FROM_EXPONENTS: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
     EXPONENT_PRECISION: tl.constexpr,
@@ -123,12 +126,11 @@ def _token_performer_kernel(
     BLOCK_HIDDEN: tl.constexpr,
 ):
     dtype: tl.constexpr = sums.total.dtype.element_ty
-    image, split = tl.program_id(0) // sizes.splits, tl.program_id(0) % sizes.splits
+    image, split = tl.program_id(0), tl.program_id(1)
     feature, channel, unit = tl.arange(0, BLOCK_FEATURES), tl.arange(0, BLOCK_DIM), tl.arange(0, BLOCK_HIDDEN)
     mask_feature, mask_channel = feature < sizes.features, channel < sizes.dim
     largest, total, projected = load_sums(sums, image, feature, channel, sizes)
-    if not FROM_EXPONENTS:
-        w = load_matrix(w_ptr, feature, channel, sizes.features, sizes.dim, dtype)
+    w = load_matrix(w_ptr, feature, channel, sizes.features, sizes.dim, dtype)
     proj_bias = load_vector(layer.proj_bias, channel, sizes.dim, dtype)
     fc1 = load_matrix(layer.fc1_weight, unit, channel, hidden, sizes.dim, OPERAND)
     fc1_bias = load_vector(layer.fc1_bias, unit, hidden, dtype)
@@ -137,14 +139,8 @@ def _token_performer_kernel(
     first = split * sizes.per_split
     for start in range(first, tl.minimum(first + sizes.per_split, sizes.tokens), BLOCK_TOKENS):
         token = start + tl.arange(0, BLOCK_TOKENS)
-        if FROM_EXPONENTS:
-            row = image.to(tl.int64) * sizes.tokens + token
-            mask = (token < sizes.tokens)[:, None] & mask_feature[None, :]
-            offs = row[:, None] * sizes.features + feature[None, :]
-            exponents = tl.load(exponents_ptr + offs, mask=mask, other=0.0)
-        else:
-            q = load_rows(q_ptr, image, token, channel, q_rows, sizes, dtype)
-            exponents = exponents_of(q, w, EXPONENT_PRECISION)
+        q = load_rows(q_ptr, image, token, channel, q_rows, sizes, dtype)
+        exponents = exponents_of(q, w, EXPONENT_PRECISION)
         weights = attention_weights(exponents, largest, total, mask_feature, sizes.features, EPS)
         bits = token[:, None]  # of no use, unless there is dropout
         if PROJ_DROPPED + MLP_DROPPED > 0:
@@ -195,7 +191,7 @@ def _mlp_backward(
 @triton.jit
 def _store_layer(layer, proj_bias, fc1, fc1_bias, fc2, fc2_bias, channels, units, dim, hidden):
     """What belongs to this program's range of tokens."""
-    program = tl.program_id(0).to(tl.int64)
+    program = range_of_tokens()
     weight = program * hidden * dim
     store_vector(layer.proj_bias + program * dim, proj_bias, channels, dim)
     store_matrix(layer.fc1_weight + weight, fc1, units, channels, hidden, dim)
@@ -240,7 +236,7 @@ def _token_performer_backward_kernel(
 ):
     """dq and dy, and what one range of tokens passes on to the total, the projected summary and the layer."""
     dtype: tl.constexpr = sums.total.dtype.element_ty
-    image, split = tl.program_id(0) // sizes.splits, tl.program_id(0) % sizes.splits
+    image, split = tl.program_id(0), tl.program_id(1)
     feature, channel, unit = tl.arange(0, BLOCK_FEATURES), tl.arange(0, BLOCK_DIM), tl.arange(0, BLOCK_HIDDEN)
     mask_feature, mask_channel = feature < sizes.features, channel < sizes.dim
     w = load_matrix(w_ptr, feature, channel, sizes.features, sizes.dim, dtype)
@@ -309,22 +305,18 @@ def forward_launch(
     seed: Tensor | None,
     dtype: torch.dtype,
     options: Options,
-    splits: int,
-    from_exponents: bool = False,
 ) -> Launch:
     """Fill ``out`` (B, T, E).
 
     ``sums`` are those of the images, the summary projected; ``seed`` is for dropout, on the device; ``dtype`` is
-    that of the MLP's operands. ``q`` is (B, T, E), or with ``from_exponents`` the exponents of its features (B, T, m),
-    contiguous, in the dtype of the sums.
+    that of the MLP's operands.
     """
-    config = config_of(configs.TOKEN_PERFORMER, v, w.shape[0])
+    config, splits = config_of(configs.TOKEN_PERFORMER, v, w.shape[0]), num_splits(v, configs.TOKEN_PERFORMER)
     sizes = make_sizes(v, w.shape[0], splits, config.blocks["BLOCK_TOKENS"])
-    queries = (q, None) if from_exponents else (None, q)
     rows = (Rows(*t.stride()) for t in (q, v, out))
-    args = (*queries, v, w, sums, out, layer, seed, *rows, sizes, layer.fc1_weight.shape[0])
-    constants = {"FROM_EXPONENTS": from_exponents, **_constants(v, layer, dtype, options)}
-    return Launch(_token_performer_kernel, (v.shape[0] * splits,), args, constants, config)
+    args = (q, v, w, sums, out, layer, seed, *rows, sizes, layer.fc1_weight.shape[0])
+    constants = _constants(v, layer, dtype, options)
+    return Launch(_token_performer_kernel, (v.shape[0], splits), args, constants, config)
 
 
 def backward_launch(
@@ -354,4 +346,4 @@ def backward_launch(
     gradients = (dq, dv, d_total, d_projected, d_layer)
     args = (grad, q, v, w, sums, layer, seed, *gradients, *rows, sizes, layer.fc1_weight.shape[0])
     constants = _constants(v, layer, dtype, options)
-    return Launch(_token_performer_backward_kernel, (v.shape[0] * splits,), args, constants, config)
+    return Launch(_token_performer_backward_kernel, (v.shape[0], splits), args, constants, config)

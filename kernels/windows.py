@@ -3,7 +3,7 @@
 An image is any tensor that four strides can walk; a token grid (B, H*W, C) is the image (B, C, H, W) of the same
 memory. Windows are numbered as the tokens they become, row by row and image by image; the features of a window in the
 order (c, i, j) of :class:`torch.nn.Unfold`, or (i, j, c) where a kernel wants neighbouring channels together.
-Offsets into tensors are 64-bit, positions within an image and token numbers 32-bit.
+Offsets of images are 64-bit, those within an image, positions and token numbers 32-bit.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from torch import Tensor
 from ..ops.soft_splits.arguments import Geometry, Pair
 from ..ops.soft_splits.reference import window_grid
 
+# Blocks of features are a power of two up to this: a multiple of it is no block's remainder.
+WHOLE = tl.constexpr(64)
 # Sizes that change with the batch: the kernels are compiled once for all of them.
-GROW_WITH_THE_BATCH = ("num_tokens", "num_pixels")
+GROW_WITH_THE_BATCH = ("num_tokens", "num_pixels", "tokens_per_split")
 
 
 class Window(NamedTuple):
@@ -67,6 +69,15 @@ def make_view(image: Tensor, window: Window) -> View:
     return View(*image.shape[2:], *grid, *image.stride())  # type: ignore[call-arg]  # lengths that mypy does not know
 
 
+def walkable(image: Tensor, geometry: Geometry) -> Tensor:
+    """``image`` (B, C, H, W), or a copy if 32 bits do not reach from its first value to the last of its windows."""
+    _, *strides = image.stride()
+    sizes = zip(image.shape[2:], *geometry, strict=True)
+    reach = (image.shape[1], *(size + kernel + 2 * padding for size, kernel, _, padding in sizes))
+    spans = sum(length * stride for length, stride in zip(reach, strides, strict=True))
+    return image.contiguous() if spans >= 2**31 else image
+
+
 @triton.jit
 def locate_features(features, WINDOW: tl.constexpr):
     """The channel of each feature, and its row and column within the window."""
@@ -80,25 +91,44 @@ def locate_features(features, WINDOW: tl.constexpr):
 
 
 @triton.jit
-def load_patches(image_ptr, tokens, features, num_tokens, view, WINDOW: tl.constexpr):
-    """Values (tokens, features) of the windows; zeros in the padding and beyond the last token or feature."""
+def locate_windows(image_ptr, tokens, num_tokens, view, WINDOW: tl.constexpr):
+    """Address, first row and first column of each window; beyond the last, those of the last."""
+    tokens = tl.minimum(tokens, num_tokens - 1)
     position = tokens % (view.grid_h * view.grid_w)
     top = (position // view.grid_w) * WINDOW.stride_h - WINDOW.pad_h
     left = (position % view.grid_w) * WINDOW.stride_w - WINDOW.pad_w
     image = tokens // (view.grid_h * view.grid_w)
+    ptrs = image_ptr + image.to(tl.int64) * view.stride_image + (top * view.stride_row + left * view.stride_col)
+    return ptrs, top, left
+
+
+@triton.jit
+def load_patches(ptrs, top, left, features, view, WINDOW: tl.constexpr, MASKED: tl.constexpr):
+    """Values (tokens, features) of the windows; if ``MASKED``, zeros outside of the image and beyond all features."""
     channel, i, j = locate_features(features, WINDOW)
-    window_ptrs = (
-        image_ptr
-        + image.to(tl.int64) * view.stride_image
-        + top.to(tl.int64) * view.stride_row
-        + left.to(tl.int64) * view.stride_col
-    )
-    offs_feature = (
-        channel.to(tl.int64) * view.stride_channel + i.to(tl.int64) * view.stride_row + j.to(tl.int64) * view.stride_col
-    )
-    row = top[:, None] + i[None, :]
-    col = left[:, None] + j[None, :]
+    ptrs = ptrs[:, None] + (channel * view.stride_channel + i * view.stride_row + j * view.stride_col)[None, :]
+    if not MASKED:
+        patches = tl.load(ptrs)
+    else:
+        num_features: tl.constexpr = WINDOW.channels * WINDOW.kernel_h * WINDOW.kernel_w
+        row, col = top[:, None] + i[None, :], left[:, None] + j[None, :]
+        inside = (row >= 0) & (row < view.height) & (col >= 0) & (col < view.width)
+        patches = tl.load(ptrs, mask=inside & (features < num_features)[None, :], other=0.0)
+    return patches
+
+
+@triton.jit
+def load_shifts(ptrs, top, left, view, WINDOW: tl.constexpr, WIDE: tl.constexpr, dtype: tl.constexpr):
+    """The mean of four values of each window, of different channels; or of blocks, ``WIDE`` of which are one pixel."""
+    index = tl.arange(0, 4)
+    i = index // 2 * (WINDOW.kernel_h // 2)
+    if WIDE > 1:
+        j = index * 0
+        channel = index % 2 * (WIDE // 2) * (WINDOW.channels // WIDE)
+    else:
+        j = index % 2 * (WINDOW.kernel_w // 2)
+        channel = index * WINDOW.channels // 4
+    row, col = top[:, None] + i[None, :], left[:, None] + j[None, :]
     inside = (row >= 0) & (row < view.height) & (col >= 0) & (col < view.width)
-    inside &= (tokens < num_tokens)[:, None]
-    inside &= (features < WINDOW.channels * WINDOW.kernel_h * WINDOW.kernel_w)[None, :]
-    return tl.load(window_ptrs[:, None] + offs_feature[None, :], mask=inside, other=0.0)
+    offs = channel * view.stride_channel + i * view.stride_row + j * view.stride_col
+    return tl.sum(tl.load(ptrs[:, None] + offs[None, :], mask=inside, other=0.0).to(dtype), 1) / 4

@@ -34,7 +34,8 @@ def test_every_picture_exists() -> None:
 def test_a_changed_figure_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("benchmarks/results", "docs"):
         (tmp_path / name).mkdir(parents=True)
-    for path in [*RESULTS.glob("*.json"), ROOT / "README.md", ROOT / "docs" / "results.md"]:
+    pages = (ROOT / name for name in report.DOCS)
+    for path in [*RESULTS.glob("*.json"), ROOT / "benchmarks" / "resources.json", *pages]:
         (tmp_path / path.relative_to(ROOT)).write_text(path.read_text())
     monkeypatch.setattr(report, "checkout", lambda: tmp_path)
     assert report.main(["--check"]) == 0

@@ -95,11 +95,6 @@ OPERATORS = {
         "(Tensor grad, Tensor image, Tensor mean, Tensor rstd, ScalarType dtype, int[2] kernel_size, int[2] "
         "stride, int[2] padding, bool norm, bool has_offset) -> (Tensor, Tensor)"
     ),
-    "soft_split_performer": (
-        "(Tensor image, Tensor weight, Tensor offset, Tensor w, Tensor proj_weight, Tensor proj_bias, Tensor "
-        "fc1_weight, Tensor fc1_bias, Tensor fc2_weight, Tensor fc2_bias, ScalarType dtype, int[2] kernel_size, "
-        "int[2] stride, int[2] padding, float norm1_eps, float eps, float norm2_eps) -> Tensor"
-    ),
     "token_performer": (
         "(Tensor kqv, Tensor w, Tensor proj_weight, Tensor proj_bias, Tensor fc1_weight, Tensor fc1_bias, Tensor "
         "fc2_weight, Tensor fc2_bias, Tensor? seed, ScalarType dtype, float proj_drop, float mlp_drop, float eps, "

@@ -85,10 +85,6 @@ def operators() -> dict[str, tuple[Any, tuple[Any, ...]]]:
             library.token_performer_backward,
             (torch.randn(2, 9, 16), *detached(*layer), seed, *sums, f32, *dropout),
         ),
-        "soft_split_performer": (
-            library.soft_split_performer,
-            (*detached(*tensors_for("soft_split_performer", "norm")), f32, *GEOMETRY, eps, 1e-8, eps),
-        ),
         "add_layer_norm": (library.add_layer_norm, (*rows, torch.rand(2), eps, True)),
         "add_layer_norm without": (library.add_layer_norm, (*rows[:2], None, None, None, eps, True)),
         "add_layer_norm_backward": (
@@ -136,7 +132,7 @@ def test_compiled_whole_and_for_any_batch() -> None:
 
 
 @pytest.mark.slow
-def test_a_compiled_stage_trains_with_dropout_and_infers_joined() -> None:
+def test_a_compiled_stage_trains_with_dropout_and_infers() -> None:
     stage = TokenPerformer(3, 16, 7, 4, 2, drop_rate=0.2, backend="triton").to(torch.empty(0).device)
     torch._dynamo.reset()
     compiled = torch.compile(stage, fullgraph=True, dynamic=True)
@@ -191,13 +187,13 @@ def test_float32_products_obey_the_switch() -> None:
 
 
 def test_partial_sums_fill_a_gpu_but_never_outgrow_the_long_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    from t2t_fast.kernels import launch, soft_split_linear
-    from t2t_fast.kernels.windows import make_window
+    from t2t_fast.kernels import launch, soft_split_linear_backward
+    from t2t_fast.kernels.lay_windows import lay_windows
 
     monkeypatch.setattr(launch, "_chip_of", lambda device: launch.Chip(90, 132))
-    window = make_window(64, (3, 3), (2, 2), (1, 1), True)
+    windows = lay_windows(torch.empty(1, 28, 28, 64).permute(0, 3, 1, 2), SIZES.geometry)
     for num_tokens in (0, 1, 196, 784, 8 * 196, 128 * 784):
-        splits = soft_split_linear.num_splits(num_tokens, window, 384, torch.bfloat16, torch.device("cuda"))
+        splits = soft_split_linear_backward.num_splits(num_tokens, windows, 384, torch.bfloat16)
         assert 1 <= splits <= max(1, num_tokens * 2 // (8 * 384))
     assert splits > 4
 
@@ -406,9 +402,9 @@ def test_explain_tells_which_kernels_a_stage_takes() -> None:
         with torch.set_grad_enabled(train):
             return str(t2t_fast.explain(stage, torch.randn(1, 3, 16, 16)))
 
-    assert told(16).startswith("soft_split_performer x1: triton (joined)\n")
-    assert "triton (soft_split_linear, then token_performer: there is dropout)" in told(16, train=True)
-    assert "triton (soft_split_linear, then token_performer: the layer is wider than the 64 channels" in told(72)
+    assert told(16).startswith("soft_split_performer x1: triton (soft_split_linear, then token_performer)\n")
+    assert "triton (soft_split_linear, then token_performer)" in told(16, train=True)
+    assert "then attention kernels, then library operations: the layer is wider than the 64 channels" in told(72)
     tensors = tensors_for("token_performer")
 
     def call() -> Tensor:

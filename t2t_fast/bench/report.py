@@ -1,6 +1,6 @@
-"""Write the tables of docs/results.md and README.md, and the plots in docs/, from the committed result files alone.
+"""Write the tables of docs/ and README.md, and the plots in docs/, from the committed files of benchmarks/ alone.
 
-    python benchmarks/report.py              # after a result file was added or removed
+    python benchmarks/report.py              # after a result file, or resources.json, was added, changed or removed
     python benchmarks/report.py --check      # exit status 1 if docs and files disagree
 
 Tables are between `<!-- generated: NAME -->` and `<!-- end -->`; the text around them is written by hand. Of several
@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from t2t_fast.bench import bound_tables
 from t2t_fast.bench.common import checkout, slug, write_text
 from t2t_fast.bench.plots import by_batch, plot_batches, plot_macs, plot_roofline, plot_top1, with_top1
 from t2t_fast.bench.tables import KINDS, Result, Row, markdown, normalised, rate
@@ -23,7 +24,7 @@ from t2t_fast.bench.variants import arithmetic
 from t2t_fast.models.variants import VARIANTS
 from t2t_fast.usage import OneLineParser, UsageError
 
-DOCS = ("README.md", "docs/results.md")
+DOCS = ("README.md", "docs/results.md", "docs/kernels.md")
 NOT_YET = "Not measured yet."
 # What else runs a T2T-ViT: its definition, plain or compiled by torch, and other runtimes with exported programs.
 OTHERS = ("reference", "compiled-reference", "onnx", "openvino", "openvino-bf16")
@@ -62,13 +63,16 @@ def load(folder: Path) -> list[tuple[Path, Result]]:
     )
 
 
-def blocks(files: Sequence[tuple[Path, Result]]) -> dict[str, str]:
-    """The names of the generated blocks, and their texts."""
+def blocks(files: Sequence[tuple[Path, Result]], resources: dict[str, Any]) -> dict[str, str]:
+    """The names of the generated blocks, and their texts; ``resources`` is the table of the compiled kernels."""
     on = {device: [f for f in files if f[1].get("device") == device] for device in ("cpu", "cuda")}
     return {
         "measured": _measured(files),
         "cpu": _by_hardware(on["cpu"]),
         "gpu": _by_hardware(on["cuda"]),
+        "bounds": bound_tables.bounds(resources),
+        "module": bound_tables.module(resources),
+        "fullness": bound_tables.fullness(resources),
         "macs": "\n\n".join(_section(*f) for f in files if f[1]["benchmark"] == "macs") or NOT_YET,
     }
 
@@ -187,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         root = checkout()
         files = load(root / "benchmarks" / "results")
-        generated = blocks(files)
+        generated = blocks(files, json.loads((root / "benchmarks" / "resources.json").read_text()))
         stale = []
         for name in DOCS:
             text = (root / name).read_text()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import re
 import subprocess
 import sys
@@ -23,10 +24,13 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
+from t2t_fast.bench.bounds import BATCHES, CHIPS, Chip, resident, seconds, waves
 from t2t_fast.bench.common import checkout, write_json
 from t2t_fast.bench.launches import shipped_launches
+from t2t_fast.bench.sass import Loop, disassemble, parse
 from t2t_fast.bench.terminal import Console, Progress, Table, wide_console
 from t2t_fast.config import triton_is_interpreted
+from t2t_fast.kernels.costs import Cost
 from t2t_fast.usage import OneLineParser, UsageError
 
 ARCHS = (80, 89, 90, 100, 120)
@@ -37,6 +41,7 @@ KINDS = {
     "tf32": (torch.float32, "high"),
     "float32": (torch.float32, "highest"),
 }
+COMPILED_FOR = 128  # images
 # Tensor-core instructions in PTX: Ampere and Ada, Hopper, Blackwell.
 TENSOR_CORES = re.compile(r"mma\.sync|wgmma\.mma_async|tcgen05\.mma")
 
@@ -95,13 +100,47 @@ def compile_all(archs: list[int], kinds: list[str]) -> list[dict[str, Any]]:
             dtype, precision = KINDS[kind]
             torch.set_float32_matmul_precision(precision)
             triton.runtime.driver.set_active(Ahead(arch))
-            for kernel, use, launch, multiplies in shipped_launches(dtype):
-                row = {"kernel": kernel, "use": use, "arch": arch, "kind": kind, "multiplies": multiplies}
-                row |= {"blocks": dict(launch.config.blocks), "num_warps": launch.config.num_warps}
-                row |= {"num_stages": launch.config.num_stages, "tuned": launch.config.tuned}
-                rows.append(row | resources(launch.compile()))
+            loops: dict[tuple[str, str], tuple[Loop, int]] = {}
+            for kernel, use, launch, flops in shipped_launches(dtype, COMPILED_FOR):
+                compiled, config = launch.compile(), launch.config
+                row = {"kernel": kernel, "use": use, "arch": arch, "kind": kind, "multiplies": flops > 0}
+                row |= {"blocks": dict(config.blocks), "num_warps": config.num_warps, "num_stages": config.num_stages}
+                found = resources(compiled)
+                row |= {"tuned": config.tuned, "assumed": config.resident, **found}
+                if chip := CHIPS.get(arch):
+                    loop = parse(disassemble(compiled.asm["cubin"]))
+                    held = resident(chip, config.num_warps, found["registers"], found["shared_bytes"])
+                    loops[kernel, use] = loop, held
+                    row |= {"resident": held, "outside": loop.counts, "loops": [i.counts for i in loop.walk()[1:]]}
+                rows.append(row)
+            if chip:
+                add_bounds(rows[-len(loops) :], chip, dtype, loops)
             progress.advance(task)
     return rows
+
+
+def add_bounds(
+    rows: list[dict[str, Any]], chip: Chip, dtype: torch.dtype, loops: dict[tuple[str, str], tuple[Loop, int]]
+) -> None:
+    """Give each row, for several numbers of images, its programs, its waves of them, and its bound and floor in µs."""
+    by_name = {(row["kernel"], row["use"]): row for row in rows}
+    for batch in BATCHES:
+        for kernel, use, launch, flops in shipped_launches(dtype, batch):
+            loop, held = loops[kernel, use]
+            floor = Cost(flops, bytes_of(launch.args)).floor(chip.bytes_per_second, chip.flops_per_second)
+            by_name[kernel, use].setdefault("images", {})[str(batch)] = {
+                "programs": math.prod(launch.grid),
+                "waves": round(waves(chip, launch, held), 3),
+                "bound": round(1e6 * seconds(chip, loop, launch), 2),
+                "floor": round(1e6 * floor, 2),
+            }
+
+
+def bytes_of(arguments: Any) -> int:
+    """Of all tensors in these arguments, each read or written once."""
+    if isinstance(arguments, torch.Tensor):
+        return arguments.numel() * arguments.element_size()
+    return sum(map(bytes_of, arguments)) if isinstance(arguments, tuple) else 0
 
 
 def faults(rows: list[dict[str, Any]]) -> list[str]:

@@ -54,6 +54,7 @@ T2T_VIT_14 = {
     "tokens to 192": replace(_STAGE, grid=(56, 56)),
     "tokens to 384": replace(_STAGE, grid=(28, 28), out=384),
     "3136 tokens": _STAGE,
+    "784 tokens": replace(_STAGE, tokens=784),
     "197 tokens": Sizes(tokens=197, heads=6, dim=64, channels=384, out=1152, hidden=1152, reduced=24),
 }
 

@@ -49,13 +49,13 @@ from t2t_fast.usage import OneLineParser, UsageError
 # Table to the ops that use it, and whether forward or training is timed.
 USES = {
     "SOFT_SPLIT_LINEAR_FORWARD": (("soft_split_linear",), "forward"),
-    "SOFT_SPLIT_PERFORMER": (("soft_split_performer",), "forward"),
     "TOKEN_PERFORMER": (("soft_split_performer",), "forward"),
     "TOKEN_PERFORMER_BACKWARD": (("soft_split_performer",), "training"),
     "SOFT_SPLIT_LINEAR_BACKWARD_WEIGHT": (("soft_split_linear",), "training"),
     "SOFT_SPLIT_LINEAR_BACKWARD_INPUT": (("soft_split_linear",), "training"),
     "PERFORMER_ATTENTION": (("performer_attention",), "forward"),
     "PERFORMER_ATTENTION_BACKWARD": (("performer_attention",), "training"),
+    "PERFORMER_ATTENTION_BACKWARD_KEY": (("performer_attention",), "training"),
     "ADD_LAYER_NORM": (("add_layer_norm",), "forward"),
     "ADD_LAYER_NORM_BACKWARD": (("add_layer_norm",), "training"),
 }

@@ -51,29 +51,26 @@ def _performer_attention(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y (B, T, E); and the sums over the keys, which backward needs."""
     from ...kernels import performer_attention as kernels
-    from ...kernels.rows import num_splits
 
-    w, splits, y = w.contiguous(), num_splits(k), _like(v)
-    sums = sum_keys(k, v, w, splits)
-    kernels.query_launch(q, w, sums, y, eps, splits).run(k.device)
+    w, y = w.contiguous(), _like(v)
+    sums, _ = sum_keys(k, v, w)
+    kernels.query_launch(q, w, sums, y, eps).run(k.device)
     return y, *sums
 
 
-def sum_keys(k: Tensor, v: Tensor, w: Tensor, splits: int) -> Sums:
-    """The sums over the keys of each image, ``w`` contiguous."""
+def sum_keys(k: Tensor, v: Tensor, w: Tensor, proj_weight: Tensor | None = None) -> tuple[Sums, Tensor]:
+    """The sums over the keys of each image, ``w`` contiguous; and their summary times proj_weightᵀ, or as it is."""
+    from ...kernels import configs
     from ...kernels import performer_attention as kernels
+    from ...kernels.rows import num_splits
 
-    parts = empty_sums(v, w, splits)
+    parts, sums = empty_sums(v, w, num_splits(k, configs.PERFORMER_ATTENTION)), empty_sums(v, w)
     kernels.summary_launch(k, v, w, parts).run(k.device)
-    return combine(parts)
-
-
-def combine(parts: Sums) -> Sums:
-    """The sums over all ranges of tokens (B, splits, ...), relative to one common largest exponent."""
-    largest = parts.largest.amax(dim=1)
-    factor = torch.exp(parts.largest - largest.unsqueeze(1))
-    total, summary = (parts.total * factor).sum(dim=1), (parts.summary * factor.unsqueeze(3)).sum(dim=1)
-    return Sums(largest, total, summary)
+    projected = None
+    if proj_weight is not None:
+        proj_weight, projected = proj_weight.contiguous(), torch.empty_like(sums.summary)
+    kernels.combine_launch(parts, sums, proj_weight, projected, k.dtype).run(k.device)
+    return sums, sums.summary if projected is None else projected
 
 
 def empty_sums(v: Tensor, w: Tensor, *splits: int) -> Sums:
@@ -111,15 +108,18 @@ def _backward(
     needs_dw: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of k, q, v, and of w (m, E) in float32 or better, or empty."""
+    from ...kernels import configs
     from ...kernels import performer_attention as kernels
     from ...kernels.rows import num_splits
 
-    packed, splits, sums = w.contiguous(), num_splits(k), Sums(largest, total, summary)
+    packed, sums = w.contiguous(), Sums(largest, total, summary)
     dk, dq, dv = _like(k), _like(q), _like(v)
-    _, d_total, d_summary = empty_sums(v, w, splits)
-    dw_q, dw_k = (torch.empty_like(d_summary) if needs_dw else None for _ in range(2))
+    _, d_total, d_summary = empty_sums(v, w, num_splits(k, configs.PERFORMER_ATTENTION_BACKWARD))
+    dw_q = torch.empty_like(d_summary) if needs_dw else None
     kernels.backward_query_launch(grad, q, packed, sums, dq, d_total, d_summary, dw_q, eps).run(k.device)
     d_sums = Sums(largest, d_total.sum(dim=1), d_summary.sum(dim=1))
+    splits = num_splits(k, kernels.key_table(needs_dw))
+    dw_k = empty_sums(v, w, splits).summary if needs_dw else None
     kernels.backward_key_launch(k, v, packed, d_sums, dk, dv, dw_k, splits).run(k.device)
     if dw_q is None or dw_k is None:
         return dk, dq, dv, largest.new_empty(0)

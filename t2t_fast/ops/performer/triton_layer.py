@@ -1,11 +1,10 @@
-"""``torch.ops.t2t_fast.token_performer``, two passes over the tokens in each direction, and ``soft_split_performer``.
+"""``torch.ops.t2t_fast.token_performer``: two passes over the tokens in each direction.
 
 The LayerNorm's affine is folded into fc1 by plain tensor operations outside, whose gradients autograd takes. Where a
 layer does not fit the chip (too wide, or float32 without TF32) or w is to be learned, the attention kernels and library
 operations run.
 
-``soft_split_performer`` is a whole stage, for inference: one kernel up to the sums over the keys, and one behind. Where
-gradients are wanted, or a layer does not fit, soft_split_linear and token_performer follow one another.
+``soft_split_performer``, a whole stage, is soft_split_linear and token_performer.
 """
 
 from __future__ import annotations
@@ -21,10 +20,8 @@ from ..common import triton as common
 from ..common.autograd import differentiable_backward, wants_gradient
 from ..common.norm import Norm
 from ..soft_splits import triton as soft_split
-from ..soft_splits.arguments import Geometry, Pair, Split
+from ..soft_splits.arguments import Split
 from ..soft_splits.aten import fold_norm
-from ..soft_splits.reference import as_image, window_grid
-from ..soft_splits.triton import GEOMETRY
 from . import aten, reference
 from . import triton_attention as attention
 from .arguments import Layer, Options, Sums
@@ -98,14 +95,11 @@ def _has_configs(device: torch.device, dtype: torch.dtype, differentiate: bool) 
 
 
 def _fold(layer: Layer, tokens: Tensor) -> tuple[Tensor, ...]:
-    """The operators' weights: fc1's with the LayerNorm's affine, if it has one, in them, in float32 or better."""
+    """The operators' weights: fc1's with the LayerNorm's affine, if it has one, in them."""
     w, proj_weight, proj_bias, gamma, beta, fc1_weight, fc1_bias, fc2_weight, fc2_bias = layer
-    dtype = compute_dtype(tokens, fc1_weight)
-    if gamma is None and beta is None:
-        fc1_weight, fc1_bias = fc1_weight.to(dtype), fc1_bias.to(dtype)
-    else:
+    if gamma is not None or beta is not None:
         norm = Norm(fc1_weight.new_ones(()) if gamma is None else gamma, beta, 0.0)
-        fc1_weight, fc1_bias = fold_norm(fc1_weight, fc1_bias, norm, dtype)
+        fc1_weight, fc1_bias = fold_norm(fc1_weight, fc1_bias, norm, compute_dtype(tokens, fc1_weight))
     return w, proj_weight, proj_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias
 
 
@@ -135,15 +129,13 @@ def _token_performer(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Tokens (B, T, E); and the sums over the keys, which backward needs."""
     from ...kernels import token_performer as kernels
-    from ...kernels.rows import num_splits
 
     k, q, v = kqv.chunk(3, dim=-1)
-    w, splits, out = w.contiguous(), num_splits(k), _like(v)
+    w, out = w.contiguous(), _like(v)
     layer = _contiguous(proj_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    sums = attention.sum_keys(k, v, w, splits)
-    kernels.forward_launch(
-        q, v, w, _project(sums, proj_weight), out, layer, seed, dtype, Options(*options), splits
-    ).run(v.device)
+    sums, projected = attention.sum_keys(k, v, w, proj_weight)
+    projected_sums = sums._replace(summary=projected)
+    kernels.forward_launch(q, v, w, projected_sums, out, layer, seed, dtype, Options(*options)).run(v.device)
     return out, *sums
 
 
@@ -192,12 +184,13 @@ def _backward(
     *options: float,
 ) -> tuple[Tensor, ...]:
     """Gradients of kqv, and in float32 or better of the weights but w."""
+    from ...kernels import configs
     from ...kernels import performer_attention as attention_kernels
     from ...kernels import token_performer as kernels
     from ...kernels.rows import num_splits
 
     (k, q, v), w = kqv.chunk(3, dim=-1), w.contiguous()
-    splits, device, sums = num_splits(k), kqv.device, Sums(largest, total, summary)
+    splits, device, sums = num_splits(k, configs.TOKEN_PERFORMER_BACKWARD), kqv.device, Sums(largest, total, summary)
     layer = _contiguous(proj_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     d_kqv = _like(kqv)
     dk, dq, dv = d_kqv.chunk(3, dim=-1)
@@ -221,6 +214,7 @@ def _backward(
     ).run(device)
     d_projected = d_projected.sum(dim=1)
     d_sums = Sums(largest, d_total.sum(dim=1), d_projected @ proj_weight.to(summary.dtype))
+    splits = num_splits(k, attention_kernels.key_table(needs_dw=False))
     attention_kernels.backward_key_launch(k, v, w, d_sums, dk, dv, None, splits, add_to_dv=True).run(device)
     d_proj_weight = d_projected.flatten(0, 1).t() @ summary.flatten(0, 1)
     return d_kqv, d_proj_weight, *(d.sum(dim=(0, 1)) for d in d_layer)
@@ -303,14 +297,8 @@ _token_performer.register_autograd(_differentiate, setup_context=_keep)
 def _flops(kqv: Any, w: Any, proj_weight: Any, proj_bias: Any, fc1_weight: Any, *args: Any, **kwargs: Any) -> int:
     """The attention's, and a matmul with proj, fc1 and fc2 per token as the literal layer has them."""
     batch, tokens, triple = kqv
-    return _layer_flops((batch, tokens, triple // 3), w, fc1_weight)
-
-
-def _layer_flops(tokens: Any, w: Any, fc1_weight: Any) -> int:
-    """Of the layer on tokens (B, T, E)."""
-    batch, length, dim = tokens
-    hidden, _ = fc1_weight
-    return attention.flops(tokens, w) + 2 * batch * length * dim * (dim + 2 * hidden)
+    dim, (hidden, _) = triple // 3, fc1_weight
+    return attention.flops((batch, tokens, dim), w) + 2 * batch * tokens * dim * (dim + 2 * hidden)
 
 
 @register_flop_formula(torch.ops.t2t_fast.token_performer_backward)
@@ -323,26 +311,7 @@ def soft_split_performer(
     x: Tensor, kqv_weight: Tensor, kqv_bias: Tensor | None, split: Split, layer: Layer, options: Options
 ) -> Tensor:
     """(B, L, E); see :func:`t2t_fast.ops.soft_split_performer`."""
-    if why_not_joined(x, kqv_weight, kqv_bias, split, layer, options) or split.norm is None:
-        return token_performer(soft_split.soft_split_linear(x, kqv_weight, kqv_bias, split), layer, options)
-    dtype = product_dtype(x)
-    with no_autocast(x):
-        folded = fold_norm(kqv_weight, kqv_bias, split.norm, compute_dtype(x, kqv_weight))
-        tensors = (as_image(x, split.grid), *folded, *_fold(layer, x))
-        return _soft_split_performer(*tensors, dtype, *split.geometry, split.norm.eps, options.eps, options.norm_eps)
-
-
-def why_not_joined(
-    x: Tensor, kqv_weight: Tensor, kqv_bias: Tensor | None, split: Split, layer: Layer, options: Options
-) -> str | None:
-    """None, or why soft_split_linear and token_performer run one after the other."""
-    if split.norm is None:
-        return "there is no first LayerNorm"
-    if options.proj_drop or options.mlp_drop:
-        return "there is dropout"
-    if wants_gradient(x, kqv_weight, kqv_bias, split.norm.weight, split.norm.bias, *layer):
-        return "gradients are wanted"
-    return why_not_fused(x.device, product_dtype(x), layer, False)
+    return token_performer(soft_split.soft_split_linear(x, kqv_weight, kqv_bias, split), layer, options)
 
 
 def why_not_soft_split_performer(
@@ -360,100 +329,8 @@ def why_not_auto_soft_split_performer(x: Tensor, *rest: Any) -> str | None:
 def describe_soft_split_performer(
     x: Tensor, kqv_weight: Tensor, kqv_bias: Tensor | None, split: Split, layer: Layer, options: Options
 ) -> str:
-    """Whether a call is joined, or why not."""
-    reason = why_not_joined(x, kqv_weight, kqv_bias, split, layer, options)
-    return f"soft_split_linear, then token_performer: {reason}" if reason else "joined"
-
-
-@torch.library.custom_op(
-    "t2t_fast::soft_split_performer",
-    mutates_args=(),
-    schema=f"(Tensor image, Tensor weight, Tensor offset, {_LAYER}, ScalarType dtype, {GEOMETRY}, float norm1_eps, "
-    "float eps, float norm2_eps) -> Tensor",
-)
-def _soft_split_performer(
-    image: Tensor,
-    weight: Tensor,
-    offset: Tensor,
-    w: Tensor,
-    proj_weight: Tensor,
-    proj_bias: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor,
-    dtype: torch.dtype,
-    kernel_size: Pair,
-    stride: Pair,
-    padding: Pair,
-    norm1_eps: float,
-    eps: float,
-    norm2_eps: float,
-) -> Tensor:
-    """Tokens (B, L, E) of ``dtype``."""
-    from ...kernels import soft_split_performer as kernels
-    from ...kernels import token_performer as layer_kernels
-    from ...kernels.rows import num_splits
-    from ...kernels.soft_split_linear import pack_weight
-
-    window, view = soft_split.lay_windows(image, Geometry(kernel_size, stride, padding))
-    v, w, device = _empty_tokens(image, weight, dtype, (view.grid_h, view.grid_w)), w.contiguous(), image.device
-    out, splits = _like(v), num_splits(v)
-    parts = attention.empty_sums(v, w, splits)
-    exponents = parts.total.new_empty(*v.shape[:2], w.shape[0])
-    packed = pack_weight(weight, window, dtype)
-    kernels.forward_launch(image, packed, offset.contiguous(), w, exponents, v, parts, view, window, norm1_eps).run(
-        device
-    )
-    sums, options = _project(attention.combine(parts), proj_weight), Options(0.0, 0.0, eps, norm2_eps)
-    layer = _contiguous(proj_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    layer_kernels.forward_launch(
-        exponents, v, w, sums, out, layer, None, dtype, options, splits, from_exponents=True
-    ).run(device)
-    return out
-
-
-def _empty_tokens(image: Tensor, weight: Tensor, dtype: torch.dtype, grid: Pair) -> Tensor:
-    return image.new_empty(image.shape[0], grid[0] * grid[1], weight.shape[0] // 3, dtype=dtype)
-
-
-@_soft_split_performer.register_fake
-def _(
-    image: Tensor,
-    weight: Tensor,
-    offset: Tensor,
-    w: Tensor,
-    proj_weight: Tensor,
-    proj_bias: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor,
-    dtype: torch.dtype,
-    kernel_size: Pair,
-    stride: Pair,
-    padding: Pair,
-    norm1_eps: float,
-    eps: float,
-    norm2_eps: float,
-) -> Tensor:
-    return _empty_tokens(image, weight, dtype, window_grid(image.shape[2:], Geometry(kernel_size, stride, padding)))
-
-
-@register_flop_formula(torch.ops.t2t_fast.soft_split_performer)
-def _joined_flops(
-    image: Any,
-    weight: Any,
-    offset: Any,
-    w: Any,
-    proj_weight: Any,
-    proj_bias: Any,
-    fc1_weight: Any,
-    *args: Any,
-    out_shape: Any,
-    **kwargs: Any,
-) -> int:
-    """Those of soft_split_linear and token_performer."""
-    batch, tokens, _ = out_shape
-    out_features, num_features = weight
-    return 2 * batch * tokens * out_features * num_features + _layer_flops(out_shape, w, fc1_weight)
+    """Which kernels a call takes behind the soft split's."""
+    differentiate = wants_gradient(x, kqv_weight, kqv_bias, *layer)
+    reason = why_not_fused(x.device, product_dtype(x), layer, differentiate)
+    layer_by = f"attention kernels, then library operations: {reason}" if reason else "token_performer"
+    return f"soft_split_linear, then {layer_by}"

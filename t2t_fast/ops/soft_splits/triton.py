@@ -22,7 +22,7 @@ from .arguments import Geometry, Pair, Split
 from .reference import as_image, window_grid
 
 if TYPE_CHECKING:
-    from ...kernels.windows import View, Window
+    from ...kernels.lay_windows import Windows
 
 # In the operators' schemas, which saved programs hold: neither names nor order may change.
 GEOMETRY = ", ".join(f"int[2] {name}" for name in Geometry._fields)
@@ -46,8 +46,9 @@ def why_not_auto_soft_split(x: Tensor, geometry: Geometry, grid: Pair | None) ->
 @torch.library.custom_op("t2t_fast::soft_split", mutates_args=(), schema=f"(Tensor image, {GEOMETRY}) -> Tensor")
 def _soft_split(image: Tensor, *geometry: Pair) -> Tensor:
     from ...kernels import soft_split as kernels
-    from ...kernels.windows import make_view, make_window
+    from ...kernels.windows import make_view, make_window, walkable
 
+    image = walkable(image, Geometry(*geometry))
     window = make_window(image.shape[1], *Geometry(*geometry), channels_last=False)
     view = make_view(image, window)
     tokens = image.new_empty(image.shape[0], view.grid_h * view.grid_w, window.num_features)
@@ -113,7 +114,7 @@ def soft_split_linear(x: Tensor, weight: Tensor, bias: Tensor | None, split: Spl
     """(B, L, out); see :func:`t2t_fast.ops.soft_split_linear`."""
     dtype, compute, norm = product_dtype(x), compute_dtype(x, weight), split.norm
     with no_autocast(x):
-        offset = None if bias is None else bias.to(compute)
+        offset = bias
         if norm is not None and norm.weight is not None:
             weight, offset = aten.fold_norm(weight, bias, norm, compute)
         tensors = (as_image(x, split.grid), weight, offset)
@@ -152,18 +153,17 @@ def _soft_split_linear(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens (B, L, out) of ``dtype``, and each token's mean and rstd (B, L): empty unless they will be needed."""
     from ...kernels import soft_split_linear as kernels
+    from ...kernels.lay_windows import pack_weight
 
-    window, view = lay_windows(image, Geometry(kernel_size, stride, padding))
+    windows = _gather(image, Geometry(kernel_size, stride, padding))
     keeps = norm and differentiate
-    tokens, mean, rstd = _outputs(image, weight, dtype, (view.grid_h, view.grid_w), keeps)
+    tokens, mean, rstd = _outputs(image, weight, dtype, (windows.view.grid_h, windows.view.grid_w), keeps)
     kernels.forward_launch(
-        image,
-        kernels.pack_weight(weight, window, dtype),
+        windows,
+        pack_weight(weight, windows, dtype),
         None if offset is None else offset.contiguous(),
         tokens,
         kernels.Statistics(mean, rstd) if keeps else None,
-        view,
-        window,
         norm,
         eps,
     ).run(image.device)
@@ -189,19 +189,19 @@ def _backward_weight(
     has_offset: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the weight (out, n) and the offset (out,), in float32 or better."""
-    from ...kernels import soft_split_linear as kernels
+    from ...kernels import soft_split_linear_backward as kernels
+    from ...kernels.lay_windows import unpack_weight
+    from ...kernels.soft_split_linear import Statistics
 
-    window, view = lay_windows(image, Geometry(kernel_size, stride, padding))
+    windows = _gather(image, Geometry(kernel_size, stride, padding))
     accumulator, out_features = compute_dtype(grad), grad.shape[2]
-    splits = kernels.num_splits(grad.shape[0] * grad.shape[1], window, out_features, dtype, grad.device)
-    d_weight = grad.new_empty(splits, out_features, window.num_features, dtype=accumulator)
+    splits = kernels.num_splits(grad.shape[0] * grad.shape[1], windows, out_features, dtype)
+    d_weight = grad.new_empty(splits, out_features, windows.window.num_features, dtype=accumulator)
     d_offset = grad.new_empty(splits, out_features, dtype=accumulator) if has_offset else None
-    statistics = kernels.Statistics(mean, rstd) if norm else None
-    kernels.backward_weight_launch(grad.contiguous(), image, statistics, d_weight, d_offset, dtype, view, window).run(
-        grad.device
-    )
+    statistics = Statistics(mean, rstd) if norm else None
+    kernels.backward_weight_launch(grad.contiguous(), windows, statistics, d_weight, d_offset, dtype).run(grad.device)
     summed = grad.new_zeros(out_features, dtype=accumulator) if d_offset is None else d_offset.sum(0)
-    return kernels.unpack_weight(d_weight.sum(0), window).contiguous(), summed
+    return unpack_weight(d_weight.sum(0), windows).contiguous(), summed
 
 
 @torch.library.custom_op(
@@ -225,28 +225,35 @@ def _backward_input(
     norm: bool,
 ) -> Tensor:
     """Gradient of the image."""
-    from ...kernels import soft_split_linear as kernels
+    from ...kernels import soft_split_linear_backward as kernels
+    from ...kernels.lay_windows import lay_windows, pack_weight
+    from ...kernels.windows import walkable
 
-    window, view = lay_windows(image, Geometry(kernel_size, stride, padding))
+    geometry = Geometry(kernel_size, stride, padding)
+    windows = lay_windows(walkable(image, geometry), geometry, in_blocks=False)
     grad, d_image, device = grad.contiguous(), torch.empty_like(image), image.device
-    packed = kernels.pack_weight(weight, window, dtype)
-    statistics = coefficient = None
+    packed = pack_weight(weight, windows, dtype)
+    given, coefficient = None, None
     if norm:
-        statistics, coefficient = kernels.Statistics(mean, rstd), torch.empty_like(rstd)
+        given, coefficient = mean, torch.empty_like(rstd)
+        scaled = torch.empty_like(grad, dtype=kernels.scaled_dtype(dtype))
         offset = None if offset is None else offset.contiguous()
-        kernels.coefficient_launch(grad, tokens, offset, rstd, coefficient, window.num_features).run(device)
-    kernels.backward_input_launch(grad, packed, image, statistics, coefficient, d_image, view, window).run(device)
+        kernels.coefficient_launch(grad, tokens, offset, rstd, coefficient, scaled, windows.num_values).run(device)
+        grad = scaled
+    kernels.backward_input_launch(grad, packed, windows, given, coefficient, d_image).run(device)
     return d_image
 
 
-def lay_windows(image: Tensor, geometry: Geometry) -> tuple[Window, View]:
-    """Window and View (sizes, strides) for the matmul kernels."""
-    from ...kernels.windows import make_view, make_window
+def _gather(image: Tensor, geometry: Geometry) -> Windows:
+    """The windows for the matmul kernels, ready to be read."""
+    from ...kernels.lay_windows import blocks_launch, lay_windows
+    from ...kernels.windows import walkable
 
-    # Neighbouring channels together where they lie together in memory, and are enough to be worth it.
-    channels_last = image.stride(1) == 1 and image.shape[1] >= 16
-    window = make_window(image.shape[1], *geometry, channels_last=channels_last)
-    return window, make_view(image, window)
+    image = walkable(image, geometry)
+    windows = lay_windows(image, geometry)
+    if (launch := blocks_launch(image, windows, geometry.padding)) is not None:
+        launch.run(image.device)
+    return windows
 
 
 def _outputs(
