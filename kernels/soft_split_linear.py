@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .launch import Launch, precision
+from .launch import Launch, chip_of, precision
 from .lay_windows import Windows
 from .windows import GROW_WITH_THE_BATCH, load_patches, load_shifts, locate_windows
 
@@ -76,6 +76,7 @@ def _soft_split_linear_forward_kernel(
     HAS_OFFSET: tl.constexpr,
     KEEP_STATISTICS: tl.constexpr,
     PRECISION: tl.constexpr,
+    COMPILED: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_FEATURES: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
@@ -93,7 +94,7 @@ def _soft_split_linear_forward_kernel(
         offs_rest = tl.program_id(1) * (BLOCK_OUT + BLOCK_REST) + BLOCK_OUT + tl.arange(0, BLOCK_REST)
         rest = tl.zeros((BLOCK_TOKENS, BLOCK_REST), accumulator)
     if NORM:
-        shift = load_shifts(window_ptrs, top, left, view, WINDOW, WIDE, accumulator)
+        shift = load_shifts(window_ptrs, top, left, view, WINDOW, WIDE, accumulator, COMPILED)
         # Summed over the lanes behind the loop.
         sums = tl.zeros((BLOCK_TOKENS, BLOCK_FEATURES), accumulator)
         squares = tl.zeros((BLOCK_TOKENS, BLOCK_FEATURES), accumulator)
@@ -161,6 +162,7 @@ def forward_launch(
         "HAS_OFFSET": offset is not None,
         "KEEP_STATISTICS": statistics is not None,
         "PRECISION": precision(weight.dtype),
+        "COMPILED": chip_of(tokens.device).arch > 0,
     }
     args = (windows.image, weight, offset, tokens, mean, rstd, *sizes)
     return Launch(_soft_split_linear_forward_kernel, grid, args, constants, config)

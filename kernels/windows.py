@@ -118,17 +118,25 @@ def load_patches(ptrs, top, left, features, view, WINDOW: tl.constexpr, MASKED: 
 
 
 @triton.jit
-def load_shifts(ptrs, top, left, view, WINDOW: tl.constexpr, WIDE: tl.constexpr, dtype: tl.constexpr):
+def load_shifts(
+    ptrs, top, left, view, WINDOW: tl.constexpr, WIDE: tl.constexpr, dtype: tl.constexpr, COMPILED: tl.constexpr
+):
     """The mean of four values of each window, of different channels; or of blocks, ``WIDE`` of which are one pixel."""
-    index = tl.arange(0, 4)
-    i = index // 2 * (WINDOW.kernel_h // 2)
-    if WIDE > 1:
-        j = index * 0
-        channel = index % 2 * (WIDE // 2) * (WINDOW.channels // WIDE)
-    else:
-        j = index % 2 * (WINDOW.kernel_w // 2)
-        channel = index * WINDOW.channels // 4
-    row, col = top[:, None] + i[None, :], left[:, None] + j[None, :]
-    inside = (row >= 0) & (row < view.height) & (col >= 0) & (col < view.width)
+    total = _load_sample(ptrs, top, left, view, 0, WINDOW, WIDE).to(dtype)
+    for index in tl.static_range(1, 4):
+        total += _load_sample(ptrs, top, left, view, index, WINDOW, WIDE).to(dtype)
+    if COMPILED and dtype == tl.float32:
+        # Opaque, or the compiler computes what depends on it twice, in two layouts. The interpreter runs no assembly.
+        total = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [total], tl.float32, is_pure=False, pack=1)
+    return total / 4
+
+
+@triton.jit
+def _load_sample(ptrs, top, left, view, index: tl.constexpr, WINDOW: tl.constexpr, WIDE: tl.constexpr):
+    i: tl.constexpr = index // 2 * (WINDOW.kernel_h // 2)
+    j: tl.constexpr = 0 if WIDE > 1 else index % 2 * (WINDOW.kernel_w // 2)
+    of_blocks: tl.constexpr = index % 2 * (WIDE // 2) * (WINDOW.channels // WIDE)
+    channel: tl.constexpr = of_blocks if WIDE > 1 else index * WINDOW.channels // 4
+    inside = (top + i >= 0) & (top + i < view.height) & (left + j >= 0) & (left + j < view.width)
     offs = channel * view.stride_channel + i * view.stride_row + j * view.stride_col
-    return tl.sum(tl.load(ptrs[:, None] + offs[None, :], mask=inside, other=0.0).to(dtype), 1) / 4
+    return tl.load(ptrs + offs, mask=inside, other=0.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from t2t_fast.bench.bounds import CHIPS
@@ -43,14 +43,14 @@ def module(table: dict[str, Any]) -> str:
 
 
 def fullness(table: dict[str, Any]) -> str:
-    """How full the waves of each kernel are, for several numbers of images."""
+    """How full the waves of each kernel are, by the number of images."""
     body = []
     for row in _rows(table):
         if row["arch"] == 90 and (row["kernel"], row["use"]) in {launch for mode in MODULE.values() for launch in mode}:
             shares = (_share(at["waves"]) for at in row["images"].values())
             body.append([row["kernel"], row["use"], *(f"{share:.2f}" for share in shares)])
     images = next(iter(_rows(table)))["images"]
-    return markdown(["kernel", "use", *(f"{count} images" for count in images)], body)
+    return markdown(["kernel", "use", *images], body)
 
 
 def _share(waves: float) -> float:
@@ -60,3 +60,7 @@ def _share(waves: float) -> float:
 
 def _rows(table: dict[str, Any]) -> Iterable[Row]:
     return [row for row in table["rows"] if row["kind"] == KIND and row["arch"] in CHIPS]
+
+
+# By the names of the generated blocks.
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"bounds": bounds, "module": module, "fullness": fullness}

@@ -63,16 +63,13 @@ def load(folder: Path) -> list[tuple[Path, Result]]:
     )
 
 
-def blocks(files: Sequence[tuple[Path, Result]], resources: dict[str, Any]) -> dict[str, str]:
-    """The names of the generated blocks, and their texts; ``resources`` is the table of the compiled kernels."""
+def blocks(files: Sequence[tuple[Path, Result]]) -> dict[str, str]:
+    """The names of the generated blocks, and their texts."""
     on = {device: [f for f in files if f[1].get("device") == device] for device in ("cpu", "cuda")}
     return {
         "measured": _measured(files),
         "cpu": _by_hardware(on["cpu"]),
         "gpu": _by_hardware(on["cuda"]),
-        "bounds": bound_tables.bounds(resources),
-        "module": bound_tables.module(resources),
-        "fullness": bound_tables.fullness(resources),
         "macs": "\n\n".join(_section(*f) for f in files if f[1]["benchmark"] == "macs") or NOT_YET,
     }
 
@@ -191,7 +188,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         root = checkout()
         files = load(root / "benchmarks" / "results")
-        generated = blocks(files, json.loads((root / "benchmarks" / "resources.json").read_text()))
+        resources = json.loads((root / "benchmarks" / "resources.json").read_text())
+        generated = blocks(files) | {name: make(resources) for name, make in bound_tables.TABLES.items()}
         stale = []
         for name in DOCS:
             text = (root / name).read_text()
