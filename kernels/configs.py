@@ -21,13 +21,13 @@ from .launch import Config, chip_of, precision
 class Table:
     """Compute capability times ten to kind of arithmetic to configuration.
 
-    Kinds are 16-bit operands ("half"), TF32, IEEE float32 and float64.
+    Kinds are 16-bit operands ("half"), TF32, IEEE float32 and float64. A block ``rest`` is more outputs of the same
+    program, where they fit exactly: three times 64 need no block of 256.
     """
 
     rows: Mapping[int, Mapping[str, Config | None]]
 
 
-# rest: more outputs of the same program, so that three times 64 need no block of 256; only where they fit exactly.
 def _config(num_warps: int, num_stages: int, *, tuned: str | None = None, resident: int = 1, **blocks: int) -> Config:
     sizes = {f"BLOCK_{name.upper()}": size for name, size in blocks.items()}
     return Config(sizes, num_warps, num_stages, tuned, resident)
@@ -103,7 +103,7 @@ PERFORMER_ATTENTION_BACKWARD = Table(
         100: {"float32": _config(4, 1, tokens=16)},
     }
 )
-# Of the keys, where w is not learned.
+# The gradient of keys and values, where w is not learned.
 PERFORMER_ATTENTION_BACKWARD_KEY = Table(
     {
         80: {

@@ -20,7 +20,7 @@ class Chip(NamedTuple):
     multiprocessors: int
 
 
-# Of the A100 and the H100, for those who compile without one.
+# The A100 and the H100 have so many; for who compiles without one.
 _MULTIPROCESSORS = {80: 108, 90: 132}
 
 

@@ -3,11 +3,12 @@
 A tile of windows is loaded 16 bytes at a time where neighbouring features are neighbours in memory. A token's channels
 are. The pixels of an image with few channels are not, so they are copied once into blocks as large as the stride, with
 zeros for the padding: then a window is a few whole blocks, whose values lie together row by row. Values of a block that
-are beyond the window have weights of zero, and do not count in its statistics.
+are beyond the window are replaced by zeros.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -32,8 +33,8 @@ class Windows(NamedTuple):
     image: Tensor
     window: Window
     view: View
-    channels: int  # of the image that was split, and the size of its windows
-    kernel_size: Pair
+    channels: int  # of the image that was split
+    kernel_size: Pair  # of its windows
     block: Pair | None
 
     @property
@@ -43,9 +44,9 @@ class Windows(NamedTuple):
 
     @property
     def blocks_to_a_pixel(self) -> int:
-        """How many blocks are one wide pixel of ``image``."""
+        """How many blocks are one wide pixel of ``image``; 0 without blocks."""
         if self.block is None:
-            return 1
+            return 0
         return self.window.channels // (self.channels * self.block[0] * self.block[1])
 
     @property
@@ -66,8 +67,10 @@ def lay_windows(image: Tensor, geometry: Geometry, in_blocks: bool = True) -> Wi
     Without ``in_blocks``, the image itself is walked.
     """
     channels, (_, stride, _) = image.shape[1], geometry
-    if in_blocks and channels < _MANY_CHANNELS and stride != (1, 1) and _fits(geometry):
-        return _lay_in_blocks(image, geometry)
+    if in_blocks and channels < _MANY_CHANNELS and tuple(stride) != (1, 1) and _fits(geometry):
+        windows = _lay_in_blocks(image, geometry)
+        if math.prod(windows.image.shape[1:]) < 2**31:  # what 32 bits reach
+            return windows
     channels_last = image.stride(1) == 1 and channels >= _MANY_CHANNELS
     window = make_window(channels, *geometry, channels_last)
     return Windows(image, window, make_view(image, window), channels, geometry.kernel_size, None)
@@ -106,7 +109,7 @@ def blocks_launch(image: Tensor, windows: Windows, padding: Pair) -> Launch | No
 
 
 class _Order(NamedTuple):
-    """That of a packed weight's columns: (rows of blocks, blocks of a row, C, rows of a block, columns of a block)."""
+    """Of the columns of a packed weight: (rows of blocks, blocks of a row, C, rows of a block, columns of a block)."""
 
     kernel_h: int
     kernel_w: int
@@ -154,7 +157,7 @@ def _pack_weight_kernel(
 
 
 def packed_like(weight: Tensor, windows: Windows, dtype: torch.dtype) -> Tensor:
-    """An empty one for :func:`pack_launch`: (out + 1, a multiple of 64)."""
+    """An empty packed weight for :func:`pack_launch`: (out + 1, a multiple of 64)."""
     columns = triton.cdiv(windows.window.num_features, WHOLE.value) * WHOLE.value
     return weight.new_empty(weight.shape[0] + 1, columns, dtype=dtype)
 
@@ -162,7 +165,7 @@ def packed_like(weight: Tensor, windows: Windows, dtype: torch.dtype) -> Tensor:
 def pack_launch(weight: Tensor, packed: Tensor, windows: Windows) -> Launch:
     """Fill ``packed`` with ``weight`` (out, C*kh*kw), contiguous, as the kernels read it: in their order of features.
 
-    Columns of the last row are 1 where the feature is a value of the window, and all others are 0 where it is none.
+    The last row is 1 where a feature is a value of the window; all rows are 0 where it is not.
     """
     blocks = _PACK.blocks
     grid = (

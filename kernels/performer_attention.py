@@ -413,7 +413,7 @@ def backward_query_launch(
 
 
 def key_table(needs_dw: bool) -> configs.Table:
-    """That of :func:`backward_key_launch`: the sums for w take registers."""
+    """The table of :func:`backward_key_launch`: the sums for w take registers."""
     return configs.PERFORMER_ATTENTION_BACKWARD if needs_dw else configs.PERFORMER_ATTENTION_BACKWARD_KEY
 
 

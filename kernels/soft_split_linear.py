@@ -5,9 +5,9 @@ Forward gathers windows tile by tile, multiplies them by the centred weights W_c
 
     tokens = rstd(u) (W_c u) + offset
 
-The window is shifted by the mean of four of its values first. That changes neither W_c u, since the rows of W_c sum
-to zero, nor the variance, and it keeps both exact where a patch hardly varies around a large mean: the variance of n
-values is at least 4 (shift - mean)² / n, so the difference of the two sums cannot cancel further than that.
+The window is shifted by the mean of up to four of its values first. That changes neither W_c u, since the rows of W_c
+sum to zero, nor the variance, and it keeps both exact where a patch hardly varies around a large mean: the variance of
+n values is at least (shift - mean)² / n, so the difference of the two sums cannot cancel further than that.
 
 Backward is in :mod:`.soft_split_linear_backward`.
 """
@@ -102,13 +102,14 @@ def _soft_split_linear_forward_kernel(
         offs_feature = start + tl.arange(0, BLOCK_FEATURES)
         values = load_patches(window_ptrs, top, left, offs_feature, view, WINDOW, MASKED)
         if NORM:
-            shifted = values.to(accumulator) - shift[:, None]
-            counted = shifted
-            if MARKED:
-                counted *= tl.load(weight_ptr + out_features * weight_stride + offs_feature).to(accumulator)[None, :]
-            sums += counted
-            squares += counted * shifted
-            values = shifted * SCALE
+            values = values.to(accumulator) - shift[:, None]
+        if MARKED:
+            marks = tl.load(weight_ptr + out_features * weight_stride + offs_feature)
+            values = tl.where((marks != 0)[None, :], values, 0.0)
+        if NORM:
+            sums += values
+            squares += values * values
+            values *= SCALE
         values = values.to(operand)
         weight = load_weight(weight_ptr, offs_out, offs_feature, weight_stride, out_features)
         products = tl.dot(values, weight, products, input_precision=PRECISION, out_dtype=accumulator)

@@ -49,7 +49,7 @@ def _add_gradients(total, grad):
 def _store_gradients(
     d_weight_ptr, d_offset_ptr, d_weight, d_offset, outs, features, out_features, num_features, HAS_OFFSET: tl.constexpr
 ):
-    """Those of this program's range of tokens."""
+    """The gradients of this program's range of tokens."""
     row = (tl.program_id(0) * out_features + outs).to(tl.int64)
     mask = (outs < out_features)[:, None] & (features < num_features)[None, :]
     tl.store(d_weight_ptr + row[:, None] * num_features + features[None, :], d_weight, mask=mask)
@@ -259,7 +259,8 @@ def _feature_of(channel, i, j, WINDOW: tl.constexpr):
 @triton.jit
 def _pixel_ptrs(ptr, image, row, col, view):
     """The addresses of pixels, of their first channel."""
-    return ptr + image.to(tl.int64) * view.stride_image + (row * view.stride_row + col * view.stride_col)
+    offs = image.to(tl.int64) * view.stride_image + row.to(tl.int64) * view.stride_row
+    return ptr + offs + col.to(tl.int64) * view.stride_col
 
 
 @triton.jit
@@ -272,7 +273,7 @@ def _covering_token(image, row, col, i, j, view, WINDOW: tl.constexpr):
 
 
 def scaled_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of g rstd, for matmuls of ``dtype``: it may lie beyond float16, which has no more digits than TF32."""
+    """That of g rstd for matmuls of ``dtype``: g rstd may lie beyond float16, which has no more digits than TF32."""
     return torch.float32 if dtype == torch.float16 else dtype
 
 

@@ -121,7 +121,7 @@ def load_patches(ptrs, top, left, features, view, WINDOW: tl.constexpr, MASKED: 
 def load_shifts(
     ptrs, top, left, view, WINDOW: tl.constexpr, WIDE: tl.constexpr, dtype: tl.constexpr, COMPILED: tl.constexpr
 ):
-    """The mean of four values of each window, of different channels; or of blocks, ``WIDE`` of which are one pixel."""
+    """The mean of up to four values of each window; ``WIDE`` is the number of blocks in a pixel, or 0."""
     total = _load_sample(ptrs, top, left, view, 0, WINDOW, WIDE).to(dtype)
     for index in tl.static_range(1, 4):
         total += _load_sample(ptrs, top, left, view, index, WINDOW, WIDE).to(dtype)
@@ -134,9 +134,12 @@ def load_shifts(
 @triton.jit
 def _load_sample(ptrs, top, left, view, index: tl.constexpr, WINDOW: tl.constexpr, WIDE: tl.constexpr):
     i: tl.constexpr = index // 2 * (WINDOW.kernel_h // 2)
-    j: tl.constexpr = 0 if WIDE > 1 else index % 2 * (WINDOW.kernel_w // 2)
-    of_blocks: tl.constexpr = index % 2 * (WIDE // 2) * (WINDOW.channels // WIDE)
-    channel: tl.constexpr = of_blocks if WIDE > 1 else index * WINDOW.channels // 4
-    inside = (top + i >= 0) & (top + i < view.height) & (left + j >= 0) & (left + j < view.width)
-    offs = channel * view.stride_channel + i * view.stride_row + j * view.stride_col
+    if WIDE > 0:  # the first value of a block is in the window, whatever the others are
+        offs = i * view.stride_row + index % 2 * (WIDE // 2) * (WINDOW.channels // WIDE) * view.stride_channel
+        col = left
+    else:
+        j: tl.constexpr = index % 2 * (WINDOW.kernel_w // 2)
+        offs = index * WINDOW.channels // 4 * view.stride_channel + i * view.stride_row + j * view.stride_col
+        col = left + j
+    inside = (top + i >= 0) & (top + i < view.height) & (col >= 0) & (col < view.width)
     return tl.load(ptrs + offs, mask=inside, other=0.0)

@@ -37,9 +37,14 @@ def module(table: dict[str, Any]) -> str:
     for mode, launches in MODULE.items():
         for arch, chip in CHIPS.items():
             found = [rows[arch, *launch][IMAGES] for launch in launches]
-            sums = (sum(row[name] for row in found) / 1000 for name in ("floor", "bound"))
-            body.append([mode, chip.name, str(len(launches)), *(f"{value:.2f}" for value in sums)])
-    return markdown(["", "chip", "launches", "sum of floors, ms", "sum of bounds, ms"], body)
+            times = ([row["floor"] for row in found], [row["bound"] for row in found], [larger(row) for row in found])
+            body.append([mode, chip.name, str(len(launches)), *(f"{sum(column) / 1000:.2f}" for column in times)])
+    return markdown(["", "chip", "launches", "sum of floors, ms", "of bounds", "of the larger of both"], body)
+
+
+def larger(row: Row) -> float:
+    """What a launch takes at least, in µs."""
+    return max(row["floor"], row["bound"])
 
 
 def fullness(table: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ far above this bound a kernel will lie.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,7 @@ class Chip:
     hertz: float
     shared_bytes: int
     bytes_per_second: float
-    flops_per_second: float  # of 16-bit matmuls
+    flops_per_second: Mapping[str, float]  # of matmuls in 16 bits, TF32 and float32
 
     registers: int = 65536
     warps: int = 64
@@ -38,8 +38,8 @@ class Chip:
 
 
 CHIPS = {
-    80: Chip("A100", 108, 1.41e9, 164 * 1024, 2.0e12, 280e12),
-    90: Chip("H100", 132, 1.7e9, 228 * 1024, 3.35e12, 800e12),
+    80: Chip("A100", 108, 1.41e9, 164 * 1024, 2.0e12, {"half": 280e12, "tf32": 140e12, "float32": 19e12}),
+    90: Chip("H100", 132, 1.7e9, 228 * 1024, 3.35e12, {"half": 800e12, "tf32": 400e12, "float32": 60e12}),
 }
 
 

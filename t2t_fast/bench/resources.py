@@ -30,6 +30,7 @@ from t2t_fast.bench.launches import shipped_launches
 from t2t_fast.bench.sass import Loop, disassemble, parse
 from t2t_fast.bench.terminal import Console, Progress, Table, wide_console
 from t2t_fast.config import triton_is_interpreted
+from t2t_fast.kernels import configs
 from t2t_fast.kernels.costs import Cost
 from t2t_fast.usage import OneLineParser, UsageError
 
@@ -127,7 +128,9 @@ def add_bounds(
     for batch in BATCHES:
         for kernel, use, launch, flops in shipped_launches(dtype, batch):
             loop, held = loops[kernel, use]
-            floor = Cost(flops, bytes_of(launch.args)).floor(chip.bytes_per_second, chip.flops_per_second)
+            floor = Cost(flops, bytes_of(launch.args)).floor(
+                chip.bytes_per_second, chip.flops_per_second[configs.kind(dtype)]
+            )
             by_name[kernel, use].setdefault("images", {})[str(batch)] = {
                 "programs": math.prod(launch.grid),
                 "waves": round(waves(chip, launch, held), 3),

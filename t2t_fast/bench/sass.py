@@ -28,11 +28,11 @@ _CLASSES = {
     "barrier": "BAR SYNCS DEPBAR LDGDEPBAR",
     "special": "MUFU",
     "float": "FFMA FMUL FADD FFMA2 FMUL2 FADD2 FMNMX FSEL FSETP FSET FCHK HFMA2 HADD2 HMUL2 DFMA DADD DMUL",
-    "conversion": "F2FP F2F I2F F2I FRND I2FP HADD2.F32",
+    "conversion": "F2FP F2F I2F F2I FRND I2FP",
     "control": "BRA EXIT BSSY BSYNC WARPSYNC CALL RET NOP FENCE MEMBAR YIELD ELECT BREAK VOTE",
 }
 _CLASS_OF = {name: kind for kind, names in _CLASSES.items() for name in names.split()}
-_BITS = {"128": 16, "64": 8, "U16": 2, "S16": 2, "16": 2, "U8": 1, "S8": 1, "M88": 16}
+_BITS = {"128": 16, "64": 8, "U16": 2, "S16": 2, "16": 2, "U8": 1, "S8": 1}
 _WITH_BYTES = ("asynchronous load", "load", "store", "shared load", "shared store")
 
 
@@ -96,7 +96,7 @@ def _loop(first: int, last: int, instructions: list[tuple[int, str]], spans: lis
 def class_of(name: str) -> str:
     """The class of an instruction, with the bytes that it moves per thread: ``load 16``."""
     head, *parts = name.split(".")
-    kind = _CLASS_OF.get(head, "integer")
+    kind = "conversion" if name.startswith("HADD2.F32") else _CLASS_OF.get(head, "integer")
     if kind not in _WITH_BYTES:
         return kind
     if head in ("LDSM", "STSM"):

@@ -66,9 +66,17 @@ SECONDS = 120  # for a candidate in a process of its own
 
 def neighbours(config: Any) -> list[Any]:
     """``config``, and every configuration that differs from it by one step."""
-    found = [config]
+    from t2t_fast.kernels.windows import WHOLE
+
+    found, largest = [config], {"BLOCK_FEATURES": WHOLE.value}
     for name, size in config.blocks.items():
+        if name == "BLOCK_REST":  # as it is, or none
+            if size:
+                found.append(dataclasses.replace(config, blocks={**config.blocks, name: 0}))
+            continue
         for other in (size // 2, 2 * size):
+            if other > largest.get(name, 256):
+                continue
             if 16 <= other <= 256 or (name == "BLOCK_TOKENS" and 1 <= other < 16 and size < 16):
                 found.append(dataclasses.replace(config, blocks={**config.blocks, name: other}))
     found += [dataclasses.replace(config, num_warps=warps) for warps in (4, 8) if warps != config.num_warps]
@@ -194,7 +202,7 @@ def _usable(device_name: str) -> bool:
 def snippet(table: str, arch: int, kind: str, config: Any, chip: str) -> str:
     """The line for kernels/configs.py."""
     blocks = ", ".join(f"{name.removeprefix('BLOCK_').lower()}={size}" for name, size in config.blocks.items())
-    call = f'_config({config.num_warps}, {config.num_stages}, {blocks}, tuned="{chip}")'
+    call = f'_config({config.num_warps}, {config.num_stages}, {blocks}, resident={config.resident}, tuned="{chip}")'
     return f'{table}: {arch}: {{"{kind}": {call}}}'
 
 

@@ -189,8 +189,6 @@ def soft_split_performer(
 ) -> Tensor:
     """``token_performer(soft_split_linear(x, ...), ...)`` (paper §3.1): one stage of the tokens-to-token module.
 
-    In inference, Triton joins the two: keys are never stored, and queries only as the exponents of their features.
-
     Args:
         x: Image (B, C, H, W) or tokens (B, H*W, C) with ``grid=(H, W)``, as for :func:`soft_split`.
         kqv_weight: (3E, n) with n = C*kh*kw, columns in the order (c, i, j).

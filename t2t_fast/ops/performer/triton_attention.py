@@ -73,6 +73,16 @@ def sum_keys(k: Tensor, v: Tensor, w: Tensor, proj_weight: Tensor | None = None)
     return sums, sums.summary if projected is None else projected
 
 
+def project(sums: Sums, proj_weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Their summary times proj_weightᵀ, (B, m, E), as :func:`sum_keys` computes it for tokens of ``dtype``."""
+    from ...kernels import performer_attention as kernels
+
+    whole, projected = Sums(*map(torch.empty_like, sums)), torch.empty_like(sums.summary)
+    parts = Sums(*(t.unsqueeze(1) for t in sums))  # one range
+    kernels.combine_launch(parts, whole, proj_weight.contiguous(), projected, dtype).run(projected.device)
+    return projected
+
+
 def empty_sums(v: Tensor, w: Tensor, *splits: int) -> Sums:
     """Sums to be filled, for each image (B, ...) or range of its tokens (B, splits, ...)."""
     shape, dtype = (v.shape[0], *splits, w.shape[0]), compute_dtype(v)

@@ -145,11 +145,6 @@ def _contiguous(*tensors: Tensor) -> FoldedLayer:
     return FoldedLayer(*(t.contiguous() for t in tensors))
 
 
-def _project(sums: Sums, proj_weight: Tensor) -> Sums:
-    """The sums with the summary projected: multiplied by proj_weightᵀ, (B, m, E)."""
-    return Sums(sums.largest, sums.total, sums.summary @ proj_weight.to(sums.summary.dtype).t())
-
-
 def _like(t: Tensor) -> Tensor:
     return torch.empty(t.shape, dtype=t.dtype, device=t.device)
 
@@ -201,7 +196,7 @@ def _backward(
         q,
         v,
         w,
-        _project(sums, proj_weight),
+        sums._replace(summary=attention.project(sums, proj_weight, kqv.dtype)),
         layer,
         seed,
         dq,
