@@ -379,7 +379,14 @@ def test_fuzzed_arguments(folder: Path, capsys: pytest.CaptureFixture[str], monk
 
 def start(*command: str, **environment: str) -> subprocess.Popen[str]:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([sys.executable, *command], text=True, env={**ENVIRONMENT, **environment}, **pipes)
+    return subprocess.Popen(
+        [sys.executable, *command],
+        text=True,
+        env={**ENVIRONMENT, **environment},
+        # Processes that a shell starts in the background ignore Ctrl-C, and so do their children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        **pipes,
+    )
 
 
 @pytest.fixture
