@@ -102,7 +102,7 @@ def test_ranges_of_no_work() -> None:
 @pytest.mark.parametrize("kernel_size", [3, 7])
 @pytest.mark.parametrize("norm", [False, True])
 def test_only_the_pixels_of_a_window_count(kernel_size: int, norm: bool) -> None:
-    """Its blocks hold more of them."""
+    """The blocks that a window covers hold more pixels than the window."""
     geometry = Geometry((kernel_size, kernel_size), (4, 4), (0, 0))
     assert lay_windows(torch.empty(1, 3, 19, 19), geometry).block == (4, 4)
     image, weight = 1e-3 * torch.randn(1, 3, 19, 19), torch.randn(5, 3 * kernel_size**2)

@@ -49,9 +49,9 @@ def larger(row: Row) -> float:
 
 def fullness(table: dict[str, Any]) -> str:
     """How full the waves of each kernel are, by the number of images."""
-    body = []
+    body, of_module = [], {launch for launches in MODULE.values() for launch in launches}
     for row in _rows(table):
-        if row["arch"] == 90 and (row["kernel"], row["use"]) in {launch for mode in MODULE.values() for launch in mode}:
+        if row["arch"] == 90 and (row["kernel"], row["use"]) in of_module:
             shares = (_share(at["waves"]) for at in row["images"].values())
             body.append([row["kernel"], row["use"], *(f"{share:.2f}" for share in shares)])
     images = next(iter(_rows(table)))["images"]

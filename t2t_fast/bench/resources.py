@@ -13,11 +13,8 @@ import itertools
 import json
 import math
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from t2t_fast.bench.bounds import BATCHES, CHIPS, Chip, resident, seconds, waves
 from t2t_fast.bench.common import checkout, write_json
 from t2t_fast.bench.launches import shipped_launches
-from t2t_fast.bench.sass import Loop, disassemble, parse
+from t2t_fast.bench.sass import Loop, disassemble, inspect, parse
 from t2t_fast.bench.terminal import Console, Progress, Table, wide_console
 from t2t_fast.config import triton_is_interpreted
 from t2t_fast.kernels import configs
@@ -65,13 +62,7 @@ class Ahead:
 
 def resources(compiled: Any) -> dict[str, Any]:
     """Registers and bytes of local memory per thread, bytes of shared memory per block, tensor-core instructions."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        dump = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
+    dump = inspect(compiled.asm["cubin"], "cuobjdump", "--dump-resource-usage")
     found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", dump)}
     return {
         "registers": found["REG"],

@@ -54,12 +54,17 @@ class Loop:
         return [self, *(loop for inner in self.inner for loop in inner.walk())]
 
 
-def disassemble(cubin: bytes) -> str:
-    """The text of the instructions, by the disassembler that comes with Triton."""
+def inspect(cubin: bytes, tool: str, option: str) -> str:
+    """What a tool that comes with Triton prints about a compiled kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return subprocess.run([_TOOLS / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
+        return subprocess.run([_TOOLS / tool, option, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def disassemble(cubin: bytes) -> str:
+    """The text of the instructions."""
+    return inspect(cubin, "nvdisasm", "-c")
 
 
 def parse(text: str) -> Loop:

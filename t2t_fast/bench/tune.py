@@ -74,11 +74,12 @@ def neighbours(config: Any) -> list[Any]:
             if size:
                 found.append(dataclasses.replace(config, blocks={**config.blocks, name: 0}))
             continue
+        # The rest fits no other number of outputs.
+        alone = {"BLOCK_REST": 0} if name == "BLOCK_OUT" and "BLOCK_REST" in config.blocks else {}
         for other in (size // 2, 2 * size):
-            if other > largest.get(name, 256):
-                continue
-            if 16 <= other <= 256 or (name == "BLOCK_TOKENS" and 1 <= other < 16 and size < 16):
-                found.append(dataclasses.replace(config, blocks={**config.blocks, name: other}))
+            fits = 16 <= other <= largest.get(name, 256)
+            if fits or (name == "BLOCK_TOKENS" and 1 <= other < 16 and size < 16):
+                found.append(dataclasses.replace(config, blocks={**config.blocks, name: other, **alone}))
     found += [dataclasses.replace(config, num_warps=warps) for warps in (4, 8) if warps != config.num_warps]
     found += [
         dataclasses.replace(config, num_stages=stages)
