@@ -20,8 +20,8 @@ class Chip(NamedTuple):
     multiprocessors: int
 
 
-# The A100 and the H100 have so many; for who compiles without one.
-_MULTIPROCESSORS = {80: 108, 90: 132}
+# Of the A100 and the H100, to compile and count without one.
+MULTIPROCESSORS = {80: 108, 90: 132}
 
 
 def chip_of(device: torch.device) -> Chip:
@@ -31,7 +31,7 @@ def chip_of(device: torch.device) -> Chip:
     """
     if device.type == "meta":
         arch = triton.runtime.driver.active.get_current_target().arch
-        return Chip(arch, _MULTIPROCESSORS.get(arch, 128))
+        return Chip(arch, MULTIPROCESSORS.get(arch, 128))
     return _chip_of(device)
 
 

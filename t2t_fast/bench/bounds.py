@@ -15,7 +15,7 @@ from typing import Any
 import triton
 
 from t2t_fast.bench.sass import Loop
-from t2t_fast.kernels.launch import Launch
+from t2t_fast.kernels.launch import MULTIPROCESSORS, Launch
 
 ISSUED_PER_CYCLE = 4
 BATCHES = (1, 8, 32, 128, 200)
@@ -38,8 +38,12 @@ class Chip:
 
 
 CHIPS = {
-    80: Chip("A100", 108, 1.41e9, 164 * 1024, 2.0e12, {"half": 280e12, "tf32": 140e12, "float32": 19e12}),
-    90: Chip("H100", 132, 1.7e9, 228 * 1024, 3.35e12, {"half": 800e12, "tf32": 400e12, "float32": 60e12}),
+    80: Chip(
+        "A100", MULTIPROCESSORS[80], 1.41e9, 164 * 1024, 2.0e12, {"half": 280e12, "tf32": 140e12, "float32": 19e12}
+    ),
+    90: Chip(
+        "H100", MULTIPROCESSORS[90], 1.7e9, 228 * 1024, 3.35e12, {"half": 800e12, "tf32": 400e12, "float32": 60e12}
+    ),
 }
 
 
